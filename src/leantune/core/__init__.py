@@ -1,0 +1,1 @@
+"""What every other room stands on: errors, atomic files. Torch and the standard library only."""
