@@ -1,0 +1,35 @@
+"""What a method asks of the training loop beyond gradients of its own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass
+class TrainingPlan:
+    """Everything by which a method steers training; the trainer asks every method for one.
+
+    An empty plan means: AdamW over the trainable parameters, shuffled rows, the mean loss per token.
+
+    Attributes:
+        callbacks: ``transformers.TrainerCallback`` objects, added after the trainer's own.
+        parameter_groups: ``(model, learning_rate, weight_decay) -> list of parameter groups`` for the optimizer.
+        optimizer: ``(parameter groups, learning_rate, training_arguments) -> torch.optim.Optimizer``.
+        sampler: ``(dataset, seed) -> torch.utils.data.Sampler`` of row indices.
+        after_optimizer_step: called with the global step (from 1) after each optimizer step.
+        batch_columns: names of extra columns that the collator must carry into the batch.
+        loss_reduction: ``(loss_sum, tokens, columns) -> scalar``, with ``loss_sum`` and ``tokens`` of shape
+            ``(rows,)`` (nats, counts) and ``columns`` the extra batch columns; replaces the mean per token.
+    """
+
+    callbacks: list[Any] = field(default_factory=list)
+    parameter_groups: Callable[[nn.Module, float, float], list[dict[str, Any]]] | None = None
+    optimizer: Callable[..., Any] | None = None
+    sampler: Callable[[Any, int], Any] | None = None
+    after_optimizer_step: Callable[[int], None] | None = None
+    batch_columns: tuple[str, ...] = ()
+    loss_reduction: Callable[[Tensor, Tensor, dict[str, Any]], Tensor] | None = None

@@ -1,0 +1,137 @@
+"""The list of methods. A method file registers itself in its last line; nothing else is edited.
+
+Every module of this package whose name has no leading underscore is imported on first use, as are outsiders'
+methods offered through the entry-point group ``leantune.methods``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any
+
+from torch import nn
+
+from leantune.core.errors import MethodError, describe, did_you_mean
+from leantune.methods._plan import TrainingPlan
+
+
+def _empty_plan(model: nn.Module) -> TrainingPlan:
+    del model
+    return TrainingPlan()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune, with the facts that shared code needs; nobody asks which method it has.
+
+    Attributes:
+        name: what users type, e.g. ``"s2ft"``.
+        title: the name in words.
+        config: the dataclass of its options; each field of ours has ``metadata["help"]``.
+        formula: the change of a weight in one line.
+        paper: where it comes from.
+        is_adapter: it leaves an adapter file beside an untouched base (else a whole model).
+        mergeable: its change can be written into the base weights.
+        identity_at_init: the wrapped model equals the base bit for bit before the first step.
+        needs_batches: its start is computed from data.
+        lora_form: its change is exactly ``B A`` with factors from ``AdapterLayer.lora_factors``.
+        default_learning_rate: where a run starts when no rate is given.
+        trainable_parameters: ``(config, out_features, in_features) -> count`` for one linear layer.
+        apply: ``(model, config) -> model`` made trainable.
+        plan: ``(model) -> TrainingPlan``.
+        presets: other names over the same config, with the options each one sets.
+        toy_options: options that make sense on the tiny models of the contract suite.
+    """
+
+    name: str
+    title: str
+    config: type
+    formula: str
+    paper: str
+    trainable_parameters: Callable[[Any, int, int], int]
+    apply: Callable[[nn.Module, Any], nn.Module]
+    is_adapter: bool = True
+    mergeable: bool = True
+    identity_at_init: bool = True
+    needs_batches: bool = False
+    lora_form: bool = True
+    default_learning_rate: float = 1e-3
+    plan: Callable[[nn.Module], TrainingPlan] = _empty_plan
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    toy_options: Mapping[str, Any] = field(default_factory=dict)
+
+
+_METHODS: dict[str, Method] = {}
+_discovered = False
+
+
+def register(method: Method) -> Method:
+    """Add a method to the list.
+
+    Raises:
+        MethodError: another method has that name.
+    """
+    known = _METHODS.get(method.name)
+    if known is not None and known.config is not method.config:
+        raise MethodError(
+            describe(f"method '{method.name}'", "registered twice", "one owner a name", "rename one of the two")
+        )
+    _METHODS[method.name] = method
+    return method
+
+
+def _discover() -> None:
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True
+    package = importlib.import_module("leantune.methods")
+    for module in pkgutil.iter_modules(package.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"leantune.methods.{module.name}")
+    for entry in entry_points(group="leantune.methods"):
+        entry.load()
+
+
+def names() -> list[str]:
+    """The names of all methods, sorted."""
+    _discover()
+    return sorted(_METHODS)
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        MethodError: there is none; the nearest name is suggested.
+    """
+    _discover()
+    if name not in _METHODS:
+        raise MethodError(
+            describe(f"method '{name}'", "unknown", did_you_mean(name, _METHODS), "leantune methods lists them")
+        )
+    return _METHODS[name]
+
+
+def of_config(config: object) -> Method:
+    """The method that a config object belongs to.
+
+    Raises:
+        MethodError: no registered method has a config of that type.
+    """
+    _discover()
+    for method in _METHODS.values():
+        if type(config) is method.config:
+            return method
+    raise MethodError(
+        describe(
+            f"config {type(config).__name__}",
+            "of no registered method",
+            "one of " + ", ".join(sorted(m.config.__name__ for m in _METHODS.values())),
+            "use one of these, or register a method",
+        )
+    )
