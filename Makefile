@@ -1,0 +1,59 @@
+# Everything runs in .venv, whatever virtual environment is active; works with GNU make 3.81 and later.
+#   make demo        fine-tune a real model and compare before and after
+#   make test        the test suite
+#   make check       format, lint, types, architecture
+
+PYTHON ?= python3
+# On Linux, plain pip brings a torch with CUDA. For a small one: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+ARGS ?=
+
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+unexport PYTHONPATH PYTHONHOME
+
+.PHONY: help install demo demo-full test check clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(STAMP)
+
+# torch alone and first: nothing that follows may then choose another one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
+	@echo "Installing $(TORCH)"
+	@$(call quietly,$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH))
+	@echo "Installing leantune and what it needs"
+	@$(call quietly,$(PIP) -e '.[train,eval,dev]')
+	@touch $(STAMP)
+
+# The names of what is being downloaded; the whole log only when it fails.
+define quietly
+set -o pipefail; $(1) 2>&1 | tee .venv/install.log | sed -nE 's/^ *(Downloading|Using cached) ([^ ]+).*/  \2/p' \
+	|| { tail -n 30 .venv/install.log; exit 1; }
+endef
+
+demo: $(STAMP)
+	@$(BIN)/leantune demo $(ARGS)
+
+demo-full: $(STAMP)
+	@$(BIN)/leantune demo --full $(ARGS)
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted; run .venv/bin/ruff format"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/leantune.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,181 @@
+"""Command-line options made from the fields of a config class: one text for --help, YAML and the reference.
+
+A method's options are the fields of its dataclass (``metadata["help"]``), a run's options those of its pydantic
+model (``description``). Values arrive as text: pydantic reads the ones of a run, :func:`parse` those of a method.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from leantune.core.errors import ConfigError, describe
+
+_WORD = {str: "text", Path: "path", bool: "bool", int: "int", float: "float"}
+# What PEFT writes into an adapter file by itself; nobody sets these for a run.
+_PEFT_BOOKKEEPING = ("auto_mapping", "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision")
+_EMPTY = (dataclasses.MISSING, inspect.Parameter.empty)
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option: a field of a config class as the command line sees it."""
+
+    name: str
+    type_name: str
+    default: Any
+    help: str
+    annotation: Any = dataclasses.field(repr=False, default=str)
+
+    @property
+    def flag(self) -> str:
+        """How it is typed, e.g. ``--max-length``."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_switch(self) -> bool:
+        """It is on or off and takes no value."""
+        return _without_none(self.annotation) == (bool,)
+
+
+def options_of(config: type) -> list[Option]:
+    """The options of a method's config dataclass, in the order of its fields."""
+    hints = typing.get_type_hints(config)
+    found = []
+    for field in dataclasses.fields(config):
+        if not field.init or field.name in _PEFT_BOOKKEEPING or field.name.endswith("_version"):
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        text = " ".join(str(field.metadata.get("help", "")).split())
+        annotation = hints[field.name]
+        found.append(
+            Option(field.name, type_name(annotation), None if default in _EMPTY else default, text, annotation)
+        )
+    return found
+
+
+def run_options(config: type, *, without: Iterable[str] = ()) -> list[Option]:
+    """The options of a run: the fields of a pydantic model."""
+    skipped = set(without)
+    return [
+        Option(name, type_name(field.annotation), field.get_default(), field.description or "", field.annotation)
+        for name, field in config.model_fields.items()  # type: ignore[attr-defined]
+        if name not in skipped
+    ]
+
+
+def _without_none(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(part for part in typing.get_args(annotation) if part is not type(None))
+    return (annotation,)
+
+
+def type_name(annotation: Any) -> str:
+    """A type as a reader of --help wants it: ``int``, ``random|weight``, ``name,name``."""
+    names = []
+    for part in _without_none(annotation):
+        origin = typing.get_origin(part)
+        if origin is Literal:
+            name = "|".join(str(value) for value in typing.get_args(part))
+        elif part in (list, tuple, set) or origin in (list, tuple, set):
+            name = "int,int" if typing.get_args(part)[:1] == (int,) else "name,name"
+        else:
+            name = _WORD.get(part, "yaml")
+        if name not in names:
+            names.append(name)
+    # A list may be given as one name too, so "text" beside it says nothing more.
+    if "name,name" in names and "text" in names:
+        names.remove("text")
+    return "|".join(names)
+
+
+def parse(option: Option, text: str) -> Any:
+    """The value of a method's option from its text.
+
+    Raises:
+        ConfigError: the text is none of what the field takes.
+    """
+    import yaml
+
+    parts = _without_none(option.annotation)
+    literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
+    for value in literals:
+        if text == str(value):
+            return value
+    others = [part for part in parts if typing.get_origin(part) is not Literal]
+    if type(None) in typing.get_args(option.annotation) and text.lower() in ("none", "null"):
+        return None
+    if any(part in (list, tuple, set) or typing.get_origin(part) in (list, tuple, set) for part in others):
+        return _list(text, others)
+    for kind in (bool, int, float):
+        if kind in others:
+            try:
+                value = yaml.safe_load(text) if kind is bool else kind(text)
+            except (ValueError, yaml.YAMLError):
+                continue
+            if isinstance(value, kind):
+                return value
+    if str in others:
+        return text
+    if others and not {bool, int, float} & set(others):
+        return yaml.safe_load(text)
+    raise ConfigError(describe(option.flag, f"'{text}'", f"takes {option.type_name}", "give it such a value"))
+
+
+def _list(text: str, parts: list[Any]) -> Any:
+    """`a,b` or `[a, b]` as a list; one name stays a name where the field also takes one (a pattern, `all-linear`)."""
+    if str in parts and not (text.startswith("[") or "," in text):
+        return text
+    words = [word.strip() for word in text.removeprefix("[").removesuffix("]").split(",")]
+    whole = any(typing.get_args(part)[:1] == (int,) for part in parts)
+    return [int(word) for word in words] if whole else words
+
+
+def with_options(function: Callable[..., Any], options: Iterable[tuple[Option, str]]) -> Callable[..., Any]:
+    """Give a function one more keyword per option, so that typer makes flags of them.
+
+    Args:
+        function: takes ``**given``; receives each option's text (a bool for a switch), or None when not given.
+        options: each option with the title of the box it stands in under --help.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    taken = {parameter.name for parameter in own}
+    added = []
+    for option, box in options:
+        if option.name in taken:
+            continue
+        taken.add(option.name)
+        names = (f"{option.flag}/--no-{option.flag[2:]}",) if option.is_switch else (option.flag,)
+        default = "" if option.default is None else f" [default: {option.default}]"
+        added.append(
+            inspect.Parameter(
+                option.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=typer.Option(
+                    None,
+                    *names,
+                    help=(option.help + default).replace("[", "\\["),
+                    metavar=None if option.is_switch else option.type_name,
+                    show_default=False,
+                    rich_help_panel=box,
+                ),
+                annotation=bool | None if option.is_switch else str | None,
+            )
+        )
+
+    def command(*words: Any, **given: Any) -> Any:
+        return function(*words, **given)
+
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    # typer reads both the signature and the annotations.
+    command.__signature__ = signature.replace(parameters=[*own, *added])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *added]}
+    return command
