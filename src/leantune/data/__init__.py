@@ -1,0 +1,45 @@
+"""Any data file to rows, rows to token ids and a loss mask, examples to batches.
+
+    file -> reader/ (what a record is) -> layout/ (what its columns mean) -> Row -> encode -> Encoded -> Collator
+
+Reading and checking needs no torch; :class:`Collator` alone imports it, on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from leantune.data.classification import encode_classification, encode_regression, find_label_names
+from leantune.data.encoding import NO_LOSS, Encoded, encode, prompt_ids, prompt_text, text_ids
+from leantune.data.report import masked_text, summary
+from leantune.data.row import Row
+from leantune.data.source import data_hash, read_rows
+
+if TYPE_CHECKING:
+    from leantune.data.collator import Collator
+
+__all__ = [
+    "NO_LOSS",
+    "Collator",
+    "Encoded",
+    "Row",
+    "data_hash",
+    "encode",
+    "encode_classification",
+    "encode_regression",
+    "find_label_names",
+    "masked_text",
+    "prompt_ids",
+    "prompt_text",
+    "read_rows",
+    "summary",
+    "text_ids",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Collator":
+        from leantune.data.collator import Collator
+
+        return Collator
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,58 @@
+"""One row of a data file, whatever file and layout it came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, Any]
+Label = str | int | float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row, and the place it came from.
+
+    A row is of one layout: ``prompt`` and ``completion``, or ``messages``, or ``text`` (and ``text_pair``) with ``label``.
+
+    Attributes:
+        where: file and line (``train.jsonl:12``) or file and row (``train.parquet row 12``), counted from one.
+        prompt: what the model is given.
+        completion: what it should say.
+        messages: an OpenAI-style conversation, each message with ``role`` and ``content``.
+        text: the text to classify or score.
+        text_pair: the second text of a pair task.
+        label: class name, class number, or (regression) a number.
+        references: further right answers beside ``completion``.
+        extra: every other column of the file.
+    """
+
+    where: str
+    prompt: str | None = None
+    completion: str | None = None
+    messages: list[Message] | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: Label | None = None
+    references: list[str] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def last_assistant(self) -> int:
+        """Position in ``messages`` of the last assistant turn.
+
+        Raises:
+            ValueError: the row has no messages, or no assistant turn.
+        """
+        messages = self.messages or []
+        for position in range(len(messages) - 1, -1, -1):
+            if messages[position]["role"] == "assistant":
+                return position
+        raise ValueError(f"{self.where} has no assistant turn")
+
+    def answers(self) -> list[str]:
+        """The completion (or last assistant turn) first, then the other references, each text once."""
+        if self.messages is not None:
+            first = self.messages[self.last_assistant()].get("content") or ""
+        else:
+            first = self.completion or ""
+        return list(dict.fromkeys([first, *self.references]))
