@@ -14,8 +14,8 @@ class LeantuneError(Exception):
     """Base of all errors that a user can cause and mend."""
 
 
-class ConfigError(LeantuneError):
-    """A run configuration, recipe or command-line flag is wrong."""
+class ConfigError(LeantuneError, ValueError):
+    """A run configuration, recipe or command-line flag is wrong. (A ValueError too, for hosts that catch those.)"""
 
 
 class DataError(LeantuneError):
@@ -26,8 +26,8 @@ class ModelError(LeantuneError):
     """A base model cannot be found, read or used."""
 
 
-class TargetError(LeantuneError):
-    """The modules a method was asked to train are not there, or do not fit it."""
+class TargetError(LeantuneError, ValueError):
+    """The modules a method was asked to train are not there, or do not fit it. (A ValueError too, as in PEFT.)"""
 
 
 class AdapterError(LeantuneError):

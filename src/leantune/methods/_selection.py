@@ -1,0 +1,183 @@
+"""From a budget to rows and columns: how many heads and channels of each block train, and which ones."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from leantune.kernels.partial_linear import Axis
+from leantune.methods.structure import Part, Structure
+
+Selection = Literal["random", "weight"]
+Order = Literal["largest", "smallest"]
+Coupling = Literal["shared", "independent"]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """What trains of one module: input columns ("in") or output rows ("out") at the sorted entries ``index``."""
+
+    axis: Axis
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of each block trains; see ``S2FTConfig`` for the meaning of the four."""
+
+    ratio: float | None = None
+    heads: int | None = None
+    channels: int | None = None
+    match_lora_rank: int | None = None
+
+    def parameters(self, modules: dict[str, tuple[int, int]]) -> float:
+        """Parameters that the targeted ``modules`` (path -> (out, in)) of one block may train."""
+        if self.match_lora_rank is not None:
+            return float(sum(self.match_lora_rank * (out + width) for out, width in modules.values()))
+        assert self.ratio is not None, "Budget: ratio is missing; the config sets exactly one way"
+        return self.ratio * sum(out * width for out, width in modules.values())
+
+
+def targeted(structure: Structure, targets: Iterable[str]) -> Structure:
+    """The structure with the parts of the targeted modules alone."""
+    wanted = set(targets)
+    return replace(structure, parts=tuple(part for part in structure.parts if part.module in wanted))
+
+
+def choice_units(parts: tuple[Part, ...]) -> int:
+    """How many things a choice over these parts chooses among: key/value groups as soon as one part has them."""
+    return min(part.units for part in parts)
+
+
+def side_count(side: Structure, number: int) -> int:
+    """How many things of one side hold ``number`` heads or channels: groups are chosen whole."""
+    units = choice_units(side.parts)
+    group = side.units // units
+    return min(-(-number // group), units)
+
+
+def _cost(halves: Iterable[Structure], number: int) -> int:
+    """Parameters that train when ``number`` heads or channels are chosen on each side."""
+    total = 0
+    for side in halves:
+        units = choice_units(side.parts)
+        per_thing = sum(part.unit_parameters * (part.units // units) for part in side.parts)
+        total += side_count(side, number) * per_thing
+    return total
+
+
+def _most(halves: list[Structure], budget: float) -> int:
+    """The largest number of heads or channels whose cost stays within the budget."""
+    units = halves[0].units
+    return bisect.bisect_right(range(1, units + 1), budget, key=lambda number: _cost(halves, number))
+
+
+def count_units(
+    halves: dict[str, list[Structure]], budget: Budget, modules: dict[str, tuple[int, int]]
+) -> dict[str, int]:
+    """How many heads and channels of one block train.
+
+    Attention gets as many whole heads as fit into half of the budget, the channels get the rest; when no head fits,
+    all of it goes to the channels. At least one unit of the block trains.
+
+    Args:
+        halves: kind ("attention", "ffn") -> the sides that choose, targeted parts only (see :func:`sides`).
+        budget: the budget.
+        modules: the targeted modules of these structures, path -> (out, in).
+
+    Returns:
+        ``{"attention": query heads, "ffn": channels}`` for the kinds that are there.
+    """
+    if budget.heads is not None or budget.channels is not None:
+        explicit = {"attention": budget.heads or 0, "ffn": budget.channels or 0}
+        return {kind: min(explicit[kind], sides_of[0].units) for kind, sides_of in halves.items()}
+    left = budget.parameters(modules)
+    counts: dict[str, int] = {}
+    attention, ffn = halves.get("attention"), halves.get("ffn")
+    if attention:
+        counts["attention"] = _most(attention, left / 2) if ffn else max(_most(attention, left), 1)
+        left -= _cost(attention, counts["attention"])
+    if ffn:
+        channels = _most(ffn, left)
+        counts["ffn"] = channels if counts.get("attention") else max(channels, 1)
+    return counts
+
+
+def plain_channels(part: Part, budget: Budget) -> int:
+    """How many input columns of a layer of no known structure train: its own share, at least one, at most all."""
+    if budget.heads is not None or budget.channels is not None:
+        return min(budget.channels or 0, part.units)
+    shape = {part.module: (part.width, part.units)}
+    return max(1, min(int(budget.parameters(shape) // part.width), part.units))
+
+
+def _generator(*words: object) -> torch.Generator:
+    """A CPU generator seeded by the words, the same on every machine and in every process."""
+    digest = hashlib.sha256("/".join(str(word) for word in words).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _weight_scores(parts: tuple[Part, ...], weight_of: Callable[[str], Tensor]) -> Tensor:
+    """Euclidean norm of each choosable thing's weights over all parts, ``(units,)``."""
+    units = choice_units(parts)
+    total = torch.zeros(units, dtype=torch.float64)
+    for part in parts:
+        weight = weight_of(part.module)
+        entries = weight.double().square().sum(0 if part.axis == "in" else 1).cpu()
+        used = entries[part.offset : part.offset + part.units * part.size]
+        total += used.view(units, -1).sum(1)
+    return total.sqrt()
+
+
+def choose_units(
+    structure: Structure,
+    count: int,
+    *,
+    side: str,
+    selection: Selection,
+    order: Order,
+    seed: int,
+    weight_of: Callable[[str], Tensor],
+) -> Tensor:
+    """Choose ``count`` of the structure's heads, groups or channels, sorted, int64 ``(count,)``.
+
+    Args:
+        structure: targeted parts only.
+        count: how many.
+        side: enters the seed, so that the two sides of an independent coupling draw apart.
+        selection: "random" draws uniformly; "weight" ranks by the norm of the weights.
+        order: which end of the ranking, "largest" or "smallest".
+        seed: of the random draw, together with the block's path.
+        weight_of: path -> the module's weight ``(out, in)``.
+    """
+    units = choice_units(structure.parts)
+    if selection == "random":
+        drawn = torch.randperm(units, generator=_generator(seed, structure.block, structure.kind, side))[:count]
+        return drawn.sort().values
+    scores = _weight_scores(structure.parts, weight_of)
+    ranked = scores.sort(descending=order == "largest", stable=True).indices
+    return ranked[:count].sort().values
+
+
+def entries(part: Part, chosen: Tensor, units: int) -> Tensor:
+    """The entries of ``part`` that belong to the ``chosen`` of ``units`` things, int64."""
+    run = part.size * (part.units // units)
+    return (part.offset + chosen[:, None] * run + torch.arange(run)).flatten()
+
+
+def sides(structure: Structure, coupling: Coupling) -> dict[str, Structure]:
+    """The parts that choose together: all of them, or the inward (rows) and outward (columns) side apart."""
+    if coupling == "shared" or structure.kind == "plain":
+        return {"both": structure} if structure.parts else {}
+    axes: dict[str, Axis] = {"inward": "out", "outward": "in"}
+    split = {
+        side: replace(structure, parts=tuple(part for part in structure.parts if part.axis == axis))
+        for side, axis in axes.items()
+    }
+    return {side: half for side, half in split.items() if half.parts}
