@@ -2,21 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand
+
+_NAMES_WIDTH = 26
+_HELP_WIDTH = 100
 
 
-def one_command(function: Callable[..., Any]) -> Any:
+def one_command(function: Callable[..., Any], *, name: str | None = None) -> Any:
     """A command from an annotated function; its docstring is the help below the line of the table."""
-    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in (function.__doc__ or "").split("\n\n"))
-    app.command(help=text)(function)
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    paragraphs = (function.__doc__ or "").split("\n\n")
+    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name=name, help=text, cls=Command)(function)
     return typer.main.get_command(app)
 
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that highlights nothing by itself: colour is only where a command puts it."""
     return Console(stderr=stderr, highlight=False)
+
+
+class Command(TyperCommand):
+    """A command whose help stays readable with fifty options: names left, text right, no boxes."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Write usage, text and options, the options under the headings they were given."""
+        out = console()
+        width = max(60, min(out.width, _HELP_WIDTH))
+        text = Text(" ".join(self.get_usage(ctx).split()) + "\n")
+        for paragraph in (self.help or "").strip().split("\n\n"):
+            text.append("\n" + textwrap.fill(paragraph, width) + "\n")
+        sections: dict[str, list[Any]] = {}
+        for parameter in self.get_params(ctx):
+            if not getattr(parameter, "hidden", False):
+                default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(parameter, "rich_help_panel", None) or default, []).append(parameter)
+        for heading in sorted(sections, key=lambda title: (title == "Options", title != "Arguments")):
+            text.append(f"\n{heading}\n", "bold")
+            for parameter in sections[heading]:
+                for part, style in _record(parameter, width):
+                    text.append(part, style)
+        with out.capture() as captured:
+            out.print(text, soft_wrap=True, end="\n")
+        formatter.write(captured.get())
+
+
+def _record(parameter: Any, width: int) -> Iterator[tuple[str, str]]:
+    """One option: its names in colour, the type dim, then the text beside or below them."""
+    is_argument = parameter.param_type_name == "argument"
+    names = parameter.name.upper() if is_argument else _flags(parameter)
+    kind = "" if is_argument or parameter.is_flag else f" {parameter.metavar or _kind(parameter)}"
+    yield f"  {names}", "cyan"
+    yield kind, "dim"
+    used = 2 + len(names) + len(kind)
+    lines = textwrap.wrap(_help(parameter), width - _NAMES_WIDTH) or [""]
+    if used >= _NAMES_WIDTH:
+        yield "\n" + " " * _NAMES_WIDTH, ""
+    else:
+        yield " " * (_NAMES_WIDTH - used), ""
+    yield ("\n" + " " * _NAMES_WIDTH).join(lines) + "\n", ""
+
+
+def _flags(parameter: Any) -> str:
+    on, off = parameter.opts[0], [name for name in parameter.secondary_opts if name.startswith("--no-")]
+    return f"--[no-]{on[2:]}" if off and off[0] == f"--no-{on[2:]}" else ", ".join([*parameter.opts, *off])
+
+
+def _kind(parameter: Any) -> str:
+    return {"integer": "int", "float": "float", "path": "path"}.get(parameter.type.name, "text")
+
+
+def _help(parameter: Any) -> str:
+    text = parameter.help or ""
+    shown = parameter.default if parameter.show_default is not False else None
+    if shown in (None, False, (), []) or callable(shown):
+        return text
+    return f"{text} [default: {shown}]"

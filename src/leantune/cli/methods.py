@@ -62,18 +62,19 @@ def _facts(method: Method) -> dict[str, Any]:
 
 
 def _show_all(found: list[Method]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("method", style="bold cyan", no_wrap=True)
-    table.add_column("title")
-    table.add_column("formula", no_wrap=True)
-    table.add_column(f"trained of {LAYER} x {LAYER}", justify="right")
-    table.add_column("merges")
-    table.add_column("paper")
+    table.add_column(f"trained of {LAYER} x {LAYER}", justify="right", no_wrap=True)
+    table.add_column("merges", no_wrap=True)
+    table.add_column("title, formula, paper")
     for method in found:
         trained = method.trainable_parameters(method.config(), LAYER, LAYER)
-        share = f"{trained:,} ({trained / LAYER**2:.1%})"
-        merges = "yes" if method.mergeable else "no"
-        table.add_row(method.name, method.title, method.formula, share, merges, method.paper)
+        lines = [method.title, method.formula] + ([method.paper] if method.paper != "-" else [])
+        about = Text("\n").join([Text(lines[0]), *(Text(line, style="dim") for line in lines[1:])])
+        table.add_row(
+            method.name, f"{trained:,} {trained / LAYER**2:>6.1%}", "yes" if method.mergeable else "no", about
+        )
+        table.add_row()
     out = console()
     out.print(table)
     out.print("[dim]leantune methods NAME shows the options of one method.[/dim]")

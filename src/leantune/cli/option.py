@@ -1,7 +1,7 @@
 """Command-line options made from the fields of a config class: one text for --help, YAML and the reference.
 
 A method's options are the fields of its dataclass (``metadata["help"]``), a run's options those of its pydantic
-model (``description``). Values arrive as text: pydantic reads the ones of a run, :func:`parse` those of a method.
+model (``description``). Values stay text here; the run configuration brings them to their types.
 """
 
 from __future__ import annotations
@@ -16,12 +16,7 @@ from typing import Any, Literal
 
 import typer
 
-from leantune.core.errors import ConfigError, describe
-
 _WORD = {str: "text", Path: "path", bool: "bool", int: "int", float: "float"}
-# What PEFT writes into an adapter file by itself; nobody sets these for a run.
-_PEFT_BOOKKEEPING = ("auto_mapping", "peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision")
-_EMPTY = (dataclasses.MISSING, inspect.Parameter.empty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +42,15 @@ class Option:
 
 def options_of(config: type) -> list[Option]:
     """The options of a method's config dataclass, in the order of its fields."""
+    from leantune.train.option import user_options
+
     hints = typing.get_type_hints(config)
     found = []
-    for field in dataclasses.fields(config):
-        if not field.init or field.name in _PEFT_BOOKKEEPING or field.name.endswith("_version"):
-            continue
+    for name, field in user_options(config).items():
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         text = " ".join(str(field.metadata.get("help", "")).split())
-        annotation = hints[field.name]
-        found.append(
-            Option(field.name, type_name(annotation), None if default in _EMPTY else default, text, annotation)
-        )
+        shown = None if default is dataclasses.MISSING else default
+        found.append(Option(name, type_name(hints[name]), shown, text, hints[name]))
     return found
 
 
@@ -65,7 +58,13 @@ def run_options(config: type, *, without: Iterable[str] = ()) -> list[Option]:
     """The options of a run: the fields of a pydantic model."""
     skipped = set(without)
     return [
-        Option(name, type_name(field.annotation), field.get_default(), field.description or "", field.annotation)
+        Option(
+            name,
+            type_name(field.annotation),
+            None if field.is_required() else field.get_default(),
+            field.description or "",
+            field.annotation,
+        )
         for name, field in config.model_fields.items()  # type: ignore[attr-defined]
         if name not in skipped
     ]
@@ -96,48 +95,6 @@ def type_name(annotation: Any) -> str:
     return "|".join(names)
 
 
-def parse(option: Option, text: str) -> Any:
-    """The value of a method's option from its text.
-
-    Raises:
-        ConfigError: the text is none of what the field takes.
-    """
-    import yaml
-
-    parts = _without_none(option.annotation)
-    literals = [value for part in parts if typing.get_origin(part) is Literal for value in typing.get_args(part)]
-    for value in literals:
-        if text == str(value):
-            return value
-    others = [part for part in parts if typing.get_origin(part) is not Literal]
-    if type(None) in typing.get_args(option.annotation) and text.lower() in ("none", "null"):
-        return None
-    if any(part in (list, tuple, set) or typing.get_origin(part) in (list, tuple, set) for part in others):
-        return _list(text, others)
-    for kind in (bool, int, float):
-        if kind in others:
-            try:
-                value = yaml.safe_load(text) if kind is bool else kind(text)
-            except (ValueError, yaml.YAMLError):
-                continue
-            if isinstance(value, kind):
-                return value
-    if str in others:
-        return text
-    if others and not {bool, int, float} & set(others):
-        return yaml.safe_load(text)
-    raise ConfigError(describe(option.flag, f"'{text}'", f"takes {option.type_name}", "give it such a value"))
-
-
-def _list(text: str, parts: list[Any]) -> Any:
-    """`a,b` or `[a, b]` as a list; one name stays a name where the field also takes one (a pattern, `all-linear`)."""
-    if str in parts and not (text.startswith("[") or "," in text):
-        return text
-    words = [word.strip() for word in text.removeprefix("[").removesuffix("]").split(",")]
-    whole = any(typing.get_args(part)[:1] == (int,) for part in parts)
-    return [int(word) for word in words] if whole else words
-
-
 def with_options(function: Callable[..., Any], options: Iterable[tuple[Option, str]]) -> Callable[..., Any]:
     """Give a function one more keyword per option, so that typer makes flags of them.
 
@@ -154,7 +111,7 @@ def with_options(function: Callable[..., Any], options: Iterable[tuple[Option, s
             continue
         taken.add(option.name)
         names = (f"{option.flag}/--no-{option.flag[2:]}",) if option.is_switch else (option.flag,)
-        default = "" if option.default is None else f" [default: {option.default}]"
+        default = "" if option.default is None or option.default is False else f" [default: {option.default}]"
         added.append(
             inspect.Parameter(
                 option.name,
@@ -162,7 +119,7 @@ def with_options(function: Callable[..., Any], options: Iterable[tuple[Option, s
                 default=typer.Option(
                     None,
                     *names,
-                    help=(option.help + default).replace("[", "\\["),
+                    help=option.help + default,
                     metavar=None if option.is_switch else option.type_name,
                     show_default=False,
                     rich_help_panel=box,

@@ -1,0 +1,103 @@
+"""`leantune train`: a run from a recipe, from flags, or from both; the flags are the fields of the run's config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from leantune.cli.command import one_command
+from leantune.cli.option import options_of, run_options, with_options
+
+if TYPE_CHECKING:
+    from leantune.train import RunConfig
+
+
+def command(words: list[str]) -> Any:
+    """The command `leantune train`, with the options of the method that the words name."""
+    from leantune.train.config import RunConfig
+
+    options = [(option, "Run") for option in run_options(RunConfig, without=["method_options"])]
+    name = _method_named(words)
+    if name is None and not {"--help", "-h"} & set(words):
+        name = RunConfig.model_fields["method"].default
+    if name is not None:
+        from leantune.methods import get
+
+        options += [(option, f"Method {name}") for option in options_of(get(name).config)]
+    return one_command(with_options(train, options))
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.", show_default=False)] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="key=value", help="Set any field of the recipe; repeat as needed."),
+    ] = None,
+    **given: Any,
+) -> None:
+    """Without a recipe, --model, --data and --out are needed. `--method NAME --help` adds the options of that method
+    to this list.
+
+    The run folder holds the adapter, config.yaml, metrics.jsonl, loss.png, run.json and checkpoints; a run that was
+    killed leaves its last good state there.
+    """
+    config = configuration(recipe, settings or [], given)
+    from leantune.train import fit
+
+    run = fit(config)
+    _say_what_next(run.folder, config)
+
+
+def configuration(recipe: Path | None, settings: list[str], given: dict[str, Any]) -> RunConfig:
+    """The run's config: the recipe, then ``--set``, then the flags that were given."""
+    from leantune.train.config import RunConfig, apply_overrides
+
+    flags = [
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    overrides = [*settings, *flags]
+    return RunConfig.from_yaml(recipe, overrides) if recipe else RunConfig(**apply_overrides({}, overrides))
+
+
+def _method_named(words: list[str]) -> str | None:
+    """The method that a command line asks for: by flag, by --set, or in the recipe; None when nothing does."""
+    name = None
+    for index, word in enumerate(words):
+        for start in ("--method=", "--set=method="):
+            if word.startswith(start):
+                name = word.removeprefix(start)
+        if word == "--method" and index + 1 < len(words):
+            name = words[index + 1]
+        if word.startswith("method=") and index and words[index - 1] == "--set":
+            name = word.removeprefix("method=")
+    if name is None:
+        name = next((found for word in words if (found := _method_of_recipe(word))), None)
+    return name
+
+
+def _method_of_recipe(word: str) -> str | None:
+    import yaml
+
+    if not word.endswith((".yaml", ".yml")) or not Path(word).is_file():
+        return None
+    try:
+        values = yaml.safe_load(Path(word).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        # Reading the recipe for the run says what is wrong with it.
+        return None
+    return values.get("method") if isinstance(values, dict) else None
+
+
+def _say_what_next(folder: Path, config: RunConfig) -> None:
+    from leantune.cli.command import console
+
+    out = console()
+    out.print(f"\nRun folder: [bold]{folder}[/]\nNext:", soft_wrap=True)
+    out.print(f"  leantune generate {folder} --prompt '...'", soft_wrap=True)
+    out.print(f"  leantune eval {folder} --data {config.eval_data or 'FILE'}", soft_wrap=True)
+    if config.chosen_method.is_adapter:
+        out.print(f"  leantune export {folder} --format lora --out DIR", soft_wrap=True)
