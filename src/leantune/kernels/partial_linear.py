@@ -24,20 +24,47 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Axis = Literal["in", "out"]
+Entries = Tensor | slice
+"""Chosen entries along an axis: distinct int64 indices ``(s,)``, or one contiguous run."""
+
+
+def pick(x: Tensor, entries: Entries) -> Tensor:
+    """A contiguous copy of ``x[..., entries]``: a view would keep all of ``x`` alive."""
+    if isinstance(entries, slice):
+        return x[..., entries].clone(memory_format=torch.contiguous_format)
+    return x.index_select(-1, entries)
+
+
+def _add_at(flat: Tensor, entries: Entries, share: Tensor) -> None:
+    """``flat[:, entries] += share`` in place."""
+    if isinstance(entries, slice):
+        flat[:, entries].add_(share)
+    else:
+        flat.index_add_(1, entries, share.to(flat.dtype))
+
+
+def _add_product(flat: Tensor, a: Tensor, b: Tensor) -> None:
+    """``flat += a b`` in place, in one pass where the dtypes agree."""
+    if flat.dtype == a.dtype:
+        flat.addmm_(a, b)
+    else:
+        flat.add_(a @ b)
 
 
 def partial_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Tensor, axis: Axis
+    x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Entries, axis: Axis
 ) -> Tensor:
     """The same function the plain way: scatter the delta into a copy of the weight, then one dense linear.
 
     Args and result as :func:`partial_linear`; every tensor in one dtype. Its weight gradient is dense.
     """
     dim = 1 if axis == "in" else 0
+    if isinstance(index, slice):
+        index = torch.arange(weight.shape[dim], device=weight.device)[index]
     return F.linear(x, weight.index_add(dim, index, delta.to(weight.dtype)), bias)
 
 
-def add_slice(result: Tensor, x: Tensor, delta: Tensor, index: Tensor, axis: Axis) -> Tensor:
+def add_slice(result: Tensor, x: Tensor, delta: Tensor, index: Entries, axis: Axis) -> Tensor:
     """``result`` plus the slice's share of the output, by plain autograd: for a base that is no dense matrix.
 
     Args:
@@ -51,9 +78,11 @@ def add_slice(result: Tensor, x: Tensor, delta: Tensor, index: Tensor, axis: Axi
         ``(..., out)`` in the dtype of ``result``.
     """
     if axis == "in":
-        share = F.linear(x.index_select(-1, index).to(delta.dtype), delta)
+        share = F.linear(pick(x, index).to(delta.dtype), delta)
         return result + share.to(result.dtype)
     share = F.linear(x.to(delta.dtype), delta)
+    if isinstance(index, slice):
+        index = torch.arange(result.shape[-1], device=result.device)[index]
     return result.index_add(-1, index, share.to(result.dtype))
 
 
@@ -62,45 +91,48 @@ class _PartialLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Tensor, axis: Axis
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Entries, axis: Axis
     ) -> Tensor:
         y = F.linear(x, weight, bias)
         rows = y.view(-1, y.shape[-1])
         if axis == "in":
-            # index_select copies: only these s columns of the activation stay alive.
-            kept = x.index_select(-1, index).view(-1, index.numel())
-            rows.add_(kept.to(delta.dtype) @ delta.t())
+            # Only these s columns of the activation stay alive.
+            kept = pick(x, index)
+            kept = kept.view(-1, kept.shape[-1])
+            _add_product(rows, kept.to(delta.dtype), delta.t())
         else:
             kept = x
             share = x.reshape(-1, x.shape[-1]).to(delta.dtype) @ delta.t()
-            rows.index_add_(1, index, share.to(rows.dtype))
-        ctx.save_for_backward(kept, weight, delta, index)
+            _add_at(rows, index, share)
+        gathered = isinstance(index, Tensor)
+        ctx.save_for_backward(kept, weight, delta, *([index] if gathered else []))
+        ctx.run = None if gathered else index
         ctx.axis = axis
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, delta, index = ctx.saved_tensors
+        kept, weight, delta, *gathered = ctx.saved_tensors
+        index = ctx.run if ctx.run is not None else gathered[0]
         grad_x = grad_delta = None
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
         # Axis "out": only the chosen outputs see the slice.
-        seen = grad_rows.index_select(1, index) if ctx.axis == "out" else grad_rows
+        seen = pick(grad_rows, index) if ctx.axis == "out" else grad_rows
         seen = seen.to(delta.dtype)
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ weight
             flat = grad_x.view(-1, grad_x.shape[-1])
-            share = (seen @ delta).to(flat.dtype)
             if ctx.axis == "in":
-                flat.index_add_(1, index, share)
+                _add_at(flat, index, seen @ delta)
             else:
-                flat.add_(share)
+                _add_product(flat, seen, delta)
         if ctx.needs_input_grad[3]:
             grad_delta = seen.t() @ kept.reshape(-1, kept.shape[-1]).to(delta.dtype)
         return grad_x, None, None, grad_delta, None, None
 
 
-def partial_linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Tensor, axis: Axis) -> Tensor:
+def partial_linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor, index: Entries, axis: Axis) -> Tensor:
     r"""``x W^T + b`` with a trained slice beside the frozen ``W``; the backward touches the slice alone.
 
     Args:
@@ -109,11 +141,11 @@ def partial_linear(x: Tensor, weight: Tensor, bias: Tensor | None, delta: Tensor
         bias: ``(out,)`` or None, frozen.
         delta: ``(out, s)`` for axis "in", ``(s, in)`` for axis "out"; float32 beside a bfloat16 weight is the usual
             case, and the slice's products and gradient are then formed in float32.
-        index: the ``s`` distinct entries, int64.
+        index: the ``s`` distinct entries, int64, or a contiguous run as a ``slice``.
         axis: "in" for input columns, "out" for output rows.
 
     Returns:
         ``(..., out)`` in the dtype of ``weight``. Bytes saved for backward: ``n s`` entries of ``x`` on axis "in" (a
         copy), ``x`` itself on axis "out"; the weight, delta and index are shared, not copied.
     """
-    return _PartialLinear.apply(x, weight, bias, delta, index, axis)  # type: ignore[no-any-return]
+    return _PartialLinear.apply(x, weight, bias, delta, index, axis)

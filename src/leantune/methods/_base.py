@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -88,7 +88,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = linear_features(self.get_base_layer())
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -278,8 +278,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 if self.quantization_backend is not None:
                     self.get_base_layer().weight = kept
                     continue
-                original = getattr(self, kept)
-                weight = self.get_base_layer().weight.data
+                original = cast(Tensor, getattr(self, kept))
+                weight = self.get_base_weight()
                 if dim is None or index is None:
                     weight.copy_(original)
                 else:
@@ -301,11 +301,12 @@ def _pass_adapter_names(
 class AdapterModel(BaseTuner):
     """Injects a method's layer into a model. A method sets ``prefix`` and ``tuner_layer_cls``, no more."""
 
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    # Read by PEFT; our defaults come from the structures that are found in the model.
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
-    def layer_options(self, config: Any, adapter_name: str, path: str) -> dict[str, Any] | None:
+    def layer_options(self, config: Any, path: str) -> dict[str, Any] | None:
         """What :meth:`AdapterLayer.update_layer` of the module at ``path`` gets; None leaves that module alone."""
-        del config, adapter_name, path
+        del config, path
         return {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
@@ -332,7 +333,7 @@ class AdapterModel(BaseTuner):
         except ValueError as error:
             if "odule" not in str(error) or "arget" not in str(error):
                 raise
-            targets = self.peft_config[adapter_name].target_modules
+            targets = cast(AdapterConfig, self.peft_config[adapter_name]).target_modules
             near = ""
             if isinstance(targets, set) and len(targets) == 1:
                 near = " " + did_you_mean(next(iter(targets)), self._linear_names())
@@ -371,8 +372,9 @@ class AdapterModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
+        del parameter_name
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not _adaptable(base):
             raise TargetError(
@@ -383,18 +385,19 @@ class AdapterModel(BaseTuner):
                     self._what_is_there(),
                 )
             )
-        options = self.layer_options(peft_config, adapter_name, current_key)
+        options = self.layer_options(peft_config, current_key)
         if options is None:
             return
         options = {**options, "template": self._template(peft_config, adapter_name)}
-        if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter_name, peft_config, **options)  # type: ignore[operator]
+        layer_class = cast(type[AdapterLayer], self.tuner_layer_cls)
+        if isinstance(target, layer_class):
+            target.update_layer(adapter_name, peft_config, **options)
             return
-        layer = self.tuner_layer_cls(target, adapter_name, **get_quantization_kwargs(self))  # type: ignore[call-arg]
-        layer.update_layer(adapter_name, peft_config, **options)  # type: ignore[operator]
+        layer = layer_class(target, adapter_name, **get_quantization_kwargs(self))
+        layer.update_layer(adapter_name, peft_config, **options)
         if adapter_name not in self.active_adapters:
             # An additional adapter is not trained until it is chosen.
-            layer.requires_grad_(False)  # type: ignore[attr-defined]
+            layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
     @contextmanager
@@ -430,6 +433,20 @@ class AdapterModel(BaseTuner):
 
     def _layers(self) -> list[AdapterLayer]:
         return [module for module in self.modules() if isinstance(module, AdapterLayer)]
+
+
+def linear_features(module: nn.Module) -> tuple[int, int]:
+    """``(in_features, out_features)`` of a linear layer, transposed (``Conv1D``) and quantised ones included.
+
+    Raises:
+        TargetError: the layer is of no kind that PEFT can measure.
+    """
+    width_in, out = _get_in_out_features(module)
+    if width_in is None or out is None:
+        raise TargetError(
+            describe(type(module).__name__, "no known width", "a linear layer", "leave it out of target_modules")
+        )
+    return width_in, out
 
 
 def _adaptable(module: nn.Module) -> bool:

@@ -21,10 +21,15 @@ Coupling = Literal["shared", "independent"]
 
 @dataclass(frozen=True)
 class Slice:
-    """What trains of one module: input columns ("in") or output rows ("out") at the sorted entries ``index``."""
+    """What trains of one module: input columns ("in") or output rows ("out") at the entries ``index``.
+
+    ``index`` counts in the layout of the checkpoint; ``position`` says where those entries stand now, when the base
+    has been permuted: a run, or None for the checkpoint's own layout.
+    """
 
     axis: Axis
     index: Tensor
+    position: Tensor | slice | None = None
 
 
 @dataclass(frozen=True)
@@ -44,20 +49,22 @@ class Budget:
         return self.ratio * sum(out * width for out, width in modules.values())
 
 
-def targeted(structure: Structure, targets: Iterable[str]) -> Structure:
-    """The structure with the parts of the targeted modules alone."""
+def targeted(structure: Structure, targets: Iterable[str], *, whole_groups: bool = False) -> Structure:
+    """The structure with the parts of the targeted modules alone.
+
+    Args:
+        structure: all parts.
+        targets: paths of the modules that train.
+        whole_groups: choose by whole key/value groups although only query heads train.
+    """
     wanted = set(targets)
-    return replace(structure, parts=tuple(part for part in structure.parts if part.module in wanted))
-
-
-def choice_units(parts: tuple[Part, ...]) -> int:
-    """How many things a choice over these parts chooses among: key/value groups as soon as one part has them."""
-    return min(part.units for part in parts)
+    parts = tuple(part for part in structure.parts if part.module in wanted)
+    return replace(structure, parts=parts, whole_groups=structure.choices if whole_groups else None)
 
 
 def side_count(side: Structure, number: int) -> int:
     """How many things of one side hold ``number`` heads or channels: groups are chosen whole."""
-    units = choice_units(side.parts)
+    units = side.choices
     group = side.units // units
     return min(-(-number // group), units)
 
@@ -66,7 +73,7 @@ def _cost(halves: Iterable[Structure], number: int) -> int:
     """Parameters that train when ``number`` heads or channels are chosen on each side."""
     total = 0
     for side in halves:
-        units = choice_units(side.parts)
+        units = side.choices
         per_thing = sum(part.unit_parameters * (part.units // units) for part in side.parts)
         total += side_count(side, number) * per_thing
     return total
@@ -123,11 +130,11 @@ def _generator(*words: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _weight_scores(parts: tuple[Part, ...], weight_of: Callable[[str], Tensor]) -> Tensor:
-    """Euclidean norm of each choosable thing's weights over all parts, ``(units,)``."""
-    units = choice_units(parts)
+def _weight_scores(structure: Structure, weight_of: Callable[[str], Tensor]) -> Tensor:
+    """Euclidean norm of each choosable thing's weights over all parts, ``(choices,)``."""
+    units = structure.choices
     total = torch.zeros(units, dtype=torch.float64)
-    for part in parts:
+    for part in structure.parts:
         weight = weight_of(part.module)
         entries = weight.double().square().sum(0 if part.axis == "in" else 1).cpu()
         used = entries[part.offset : part.offset + part.units * part.size]
@@ -156,11 +163,11 @@ def choose_units(
         seed: of the random draw, together with the block's path.
         weight_of: path -> the module's weight ``(out, in)``.
     """
-    units = choice_units(structure.parts)
+    units = structure.choices
     if selection == "random":
         drawn = torch.randperm(units, generator=_generator(seed, structure.block, structure.kind, side))[:count]
         return drawn.sort().values
-    scores = _weight_scores(structure.parts, weight_of)
+    scores = _weight_scores(structure, weight_of)
     ranked = scores.sort(descending=order == "largest", stable=True).indices
     return ranked[:count].sort().values
 

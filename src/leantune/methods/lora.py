@@ -17,7 +17,7 @@ def _trainable_parameters(config: LoraConfig, out_features: int, in_features: in
 
 
 def _apply(model: nn.Module, config: LoraConfig) -> nn.Module:
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 register(

@@ -20,20 +20,22 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from peft import get_peft_model
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from leantune.core.errors import ConfigError, TargetError, describe, did_you_mean, raise_all
+from leantune.core.errors import AdapterError, ConfigError, TargetError, describe, did_you_mean, raise_all
 from leantune.kernels.partial_linear import Axis, add_slice, partial_linear
 from leantune.methods import _selection as selecting
-from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel
+from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, linear_features
+from leantune.methods._block import choose_block
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
+from leantune.methods._permutation import Layout, reorder
 from leantune.methods._registry import Method, register
-from leantune.methods.structure import HeadLayout, Structure, find_structures
+from leantune.methods.structure import HeadLayout, find_structures
 
 _CHOICES = {"selection": ("random", "weight"), "order": ("largest", "smallest"), "coupling": ("shared", "independent")}
 
@@ -78,6 +80,13 @@ class S2FTConfig(AdapterConfig):
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of the random choice."})
+    permute: bool = field(
+        default=False,
+        metadata={
+            "help": "Reorder the base in memory so that chosen units stand first (undone by unload; files keep the "
+            "checkpoint's layout). Grouped-query attention then chooses whole key/value groups."
+        },
+    )
     achieved_ratio: float | None = field(
         default=None, metadata={"help": "Set by Leantune: the share of the targeted weights that trains."}
     )
@@ -120,15 +129,50 @@ class S2FTConfig(AdapterConfig):
 
 
 class _SliceDelta(nn.Module):
-    """One adapter's trained slice and the entries it stands for."""
+    """One adapter's trained slice, the entries it stands for, and where these stand in a permuted base."""
 
     index: Tensor
+    position: Tensor | None
 
-    def __init__(self, shape: tuple[int, int], index: Tensor, axis: Axis) -> None:
+    def __init__(self, shape: tuple[int, int], chosen: selecting.Slice) -> None:
         super().__init__()
-        self.axis: Axis = axis
+        self.axis: Axis = chosen.axis
         self.weight = nn.Parameter(torch.zeros(shape))
-        self.register_buffer("index", index)
+        self.register_buffer("index", chosen.index)
+        # The checkpoint's layout is what a file holds; positions belong to this process.
+        self.run = chosen.position if isinstance(chosen.position, slice) else None
+        gathered = chosen.position if isinstance(chosen.position, Tensor) else None
+        self.register_buffer("position", gathered, persistent=False)
+
+    @property
+    def entries(self) -> Tensor | slice:
+        """The chosen entries as they stand in the base now."""
+        if self.run is not None:
+            return self.run
+        return self.index if self.position is None else self.position
+
+    def _resize(self, count: int) -> None:
+        if count == self.index.numel():
+            return
+        shape = (self.weight.shape[0], count) if self.axis == "in" else (count, self.weight.shape[1])
+        self.weight = nn.Parameter(self.weight.new_zeros(shape), requires_grad=self.weight.requires_grad)
+        self.index = self.index.new_zeros(count)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        stored = state_dict.get(prefix + "index")
+        if stored is not None and not torch.equal(stored.to(self.index.device), self.index):
+            # The file decides what was trained; the config's choice may have been drawn otherwise by another version.
+            if self.run is not None or self.position is not None:
+                raise AdapterError(
+                    describe(
+                        prefix + "index",
+                        "other entries than the base was permuted for",
+                        "the choice this adapter was trained with",
+                        "load it with permute=False",
+                    )
+                )
+            self._resize(stored.numel())
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class S2FTLayer(AdapterLayer):
@@ -140,42 +184,48 @@ class S2FTLayer(AdapterLayer):
         super().__init__(base_layer, adapter_name, **kwargs)
         self.s2ft_slice = nn.ModuleDict()
 
-    def update_layer(  # type: ignore[override]
-        self, adapter_name: str, config: S2FTConfig, template: str | None, *, chosen: selecting.Slice
-    ) -> None:
-        """Create the zero slice (noise when ``init_weights`` is False) at the chosen entries."""
+    def _own(self, adapter: str) -> _SliceDelta:
+        return cast(_SliceDelta, self.s2ft_slice[adapter])
+
+    def update_layer(self, adapter_name: str, config: S2FTConfig, template: str | None, **kwargs: Any) -> None:
+        """Create the zero slice (noise when ``init_weights`` is False) at the entries ``kwargs["chosen"]``."""
+        chosen: selecting.Slice = kwargs["chosen"]
         if template is not None and template in self.s2ft_slice:
-            twin = self.s2ft_slice[template]
-            chosen = selecting.Slice(twin.axis, twin.index.clone())
+            twin = self._own(template)
+            chosen = selecting.Slice(twin.axis, twin.index.clone(), twin.run or twin.position)
         count = chosen.index.numel()
         shape = (self.out_features, count) if chosen.axis == "in" else (count, self.in_features)
-        slice_delta = _SliceDelta(shape, chosen.index, chosen.axis)
+        own = _SliceDelta(shape, chosen)
         if not config.init_weights:
-            nn.init.normal_(slice_delta.weight, std=0.02)
-        self.s2ft_slice[adapter_name] = slice_delta
+            nn.init.normal_(own.weight, std=0.02)
+        self.s2ft_slice[adapter_name] = own
         self.place(adapter_name, inference_mode=config.inference_mode)
 
     def add_share(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + D x[S]``, or ``result[S] += D x``."""
-        own = self.s2ft_slice[adapter]
-        return add_slice(result, x, own.weight, own.index, own.axis)
+        own = self._own(adapter)
+        return add_slice(result, x, own.weight, own.entries, own.axis)
 
     def fused(self, adapter: str, x: Tensor) -> Tensor | None:
         """One kernel for base and slice where the base is a dense frozen matrix."""
         if not self.is_plain(x):
             return None
-        own = self.s2ft_slice[adapter]
-        weight = self.base_layer.weight.t() if self.transposed else self.base_layer.weight
-        return partial_linear(x, weight, self.base_layer.bias, own.weight, own.index, own.axis)
+        own, base = self._own(adapter), cast(nn.Linear, self.base_layer)
+        weight = base.weight.t() if self.transposed else base.weight
+        return partial_linear(x, weight, base.bias, own.weight, own.entries, own.axis)
 
     def delta_region(self, adapter: str) -> tuple[Tensor, int | None, Tensor | None]:
         """The slice, and where it stands in ``W``."""
-        own = self.s2ft_slice[adapter]
-        return own.weight.detach(), 1 if own.axis == "in" else 0, own.index
+        own = self._own(adapter)
+        length = self.in_features if own.axis == "in" else self.out_features
+        where = own.entries
+        if isinstance(where, slice):
+            where = torch.arange(length, device=own.weight.device)[where]
+        return own.weight.detach(), 1 if own.axis == "in" else 0, where
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Rank ``s`` with a one-hot factor: ``D E`` for columns, ``E^T D`` for rows, ``E[i, S_i] = 1``."""
-        own = self.s2ft_slice[adapter]
+        own = self._own(adapter)
         delta = own.weight.detach()
         length = self.in_features if own.axis == "in" else self.out_features
         one_hot = delta.new_zeros(own.index.numel(), length)
@@ -188,87 +238,116 @@ class S2FTModel(AdapterModel):
 
     prefix = prefix_of("s2ft")
     tuner_layer_cls = S2FTLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
-    def layer_options(self, config: S2FTConfig, adapter_name: str, path: str) -> dict[str, Any] | None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        # The first module of this injection chooses for all; an adapter of the same name may have gone before.
+        self._chosen: dict[str, selecting.Slice] | None = None
+
+    def layer_options(self, config: S2FTConfig, path: str) -> dict[str, Any] | None:
         """The chosen entries of the module at ``path``; None when the budget gives it none."""
-        cache = self.__dict__.setdefault("_chosen", {})
-        if adapter_name not in cache:
-            cache[adapter_name] = self._choose(config)
-        chosen = cache[adapter_name].get(path)
+        if self._chosen is None:
+            self._chosen = self._choose(config)
+        chosen = self._chosen.get(path)
         return None if chosen is None else {"chosen": chosen}
+
+    def _layout(self) -> Layout:
+        """The order in which the base's rows and columns stand; empty as long as nothing is permuted."""
+        return cast(Layout, self.__dict__.setdefault("_base_layout", {}))
 
     def _choose(self, config: S2FTConfig) -> dict[str, selecting.Slice]:
         layers = dict(self._linears())
         shapes: dict[str, tuple[int, int]] = {}
         for path, layer in layers.items():
-            width_in, out = _get_in_out_features(layer)
+            width_in, out = linear_features(layer)
             shapes[path] = (out, width_in)
         targets = {path for path in shapes if self._check_target_module_exists(config, path)}
-        layout = HeadLayout.of(getattr(self.model, "config", None))
+        structures = find_structures(shapes, HeadLayout.of(getattr(self.model, "config", None)))
 
-        # A choice by weight reads the weights, dequantised where needed, one layer at a time.
+        # A choice by weight reads the weights in the checkpoint's layout, dequantised where needed, one at a time.
         def weight_of(path: str) -> Tensor:
-            probe = S2FTLayer(layers[path], "probe")
-            return probe.dense_weight()
+            weight = S2FTLayer(layers[path], "probe").dense_weight()
+            for axis, order in self._layout().get(path, {}).items():
+                weight = weight.index_select(1 if axis == "in" else 0, order.argsort().to(weight.device))
+            return weight
 
-        found = [selecting.targeted(each, targets) for each in find_structures(shapes, layout)]
         slices: dict[str, list[selecting.Slice]] = {}
-        # The structures of one block follow each other in the model; sorting keeps plain ones apart.
-        for _, group in itertools.groupby(
-            sorted((each for each in found if each.parts), key=lambda each: each.block), key=lambda each: each.block
-        ):
-            for path, chosen in _choose_block(list(group), config, shapes, weight_of):
+        layout: Layout = {}
+        by_block = sorted(structures, key=lambda each: each.block)
+        for _, group in itertools.groupby(by_block, key=lambda each: each.block):
+            block = choose_block(list(group), targets, config, shapes, weight_of)
+            layout.update(block.layout)
+            for path, chosen in block.slices:
                 slices.setdefault(path, []).append(chosen)
         joined = {
             path: selecting.Slice(many[0].axis, torch.cat([each.index for each in many]).sort().values)
             for path, many in slices.items()
         }
-        if targets and not joined:
+        self._note_achieved(config, joined, targets, shapes)
+        if config.permute:
+            self._permute(layers, layout)
+        return {path: self._place(path, each) for path, each in joined.items()}
+
+    def _note_achieved(
+        self,
+        config: S2FTConfig,
+        chosen: dict[str, selecting.Slice],
+        targets: set[str],
+        shapes: dict[str, tuple[int, int]],
+    ) -> None:
+        if targets and not chosen:
             raise TargetError(
                 describe(
                     "S2FTConfig",
-                    f"heads={config.heads}, channels={config.channels} choose nothing of {', '.join(sorted(targets)[:3])}",
+                    f"heads={config.heads}, channels={config.channels} choose nothing of "
+                    + ", ".join(sorted(targets)[:3]),
                     "at least one head or channel of a targeted module",
                     "set channels for feed-forward or plain layers, heads for attention",
                 )
             )
-        trained = sum(each.index.numel() * shapes[path][0 if each.axis == "in" else 1] for path, each in joined.items())
+        trained = sum(each.index.numel() * shapes[path][each.axis == "out"] for path, each in chosen.items())
         total = sum(shapes[path][0] * shapes[path][1] for path in targets)
         config.achieved_ratio = trained / total if total else None
-        return joined
 
-
-def _choose_block(
-    structures: list[Structure], config: S2FTConfig, shapes: dict[str, tuple[int, int]], weight_of: Any
-) -> list[tuple[str, selecting.Slice]]:
-    """``(module, slice)`` of every part that trains in one block."""
-    halves = {each.kind: selecting.sides(each, config.coupling) for each in structures}  # type: ignore[arg-type]
-    if "plain" in halves:
-        counts = {"plain": selecting.plain_channels(structures[0].parts[0], config.budget)}
-    else:
-        modules = {part.module: shapes[part.module] for each in structures for part in each.parts}
-        counts = selecting.count_units({kind: list(of.values()) for kind, of in halves.items()}, config.budget, modules)
-    chosen_slices = []
-    for kind, by_side in halves.items():
-        for side, half in by_side.items():
-            count = selecting.side_count(half, counts[kind])
-            if count == 0:
-                continue
-            chosen = selecting.choose_units(
-                half,
-                count,
-                side=side,
-                selection=config.selection,  # type: ignore[arg-type]
-                order=config.order,  # type: ignore[arg-type]
-                seed=config.seed,
-                weight_of=weight_of,
+    def _permute(self, layers: dict[str, nn.Module], layout: Layout) -> None:
+        if self._layout():
+            raise TargetError(
+                describe(
+                    "permute", "this base is permuted for another adapter", "one permutation a base", "permute=False"
+                )
             )
-            units = selecting.choice_units(half.parts)
-            chosen_slices += [
-                (part.module, selecting.Slice(part.axis, selecting.entries(part, chosen, units))) for part in half.parts
-            ]
-    return chosen_slices
+        for path, axes in layout.items():
+            for axis, order in axes.items():
+                reorder(layers[path], axis, order, transposed=isinstance(layers[path], Conv1D))
+        self._layout().update(layout)
+
+    def _place(self, path: str, chosen: selecting.Slice) -> selecting.Slice:
+        """Say where the chosen entries stand in the base's present layout, in the order in which they stand."""
+        order = self._layout().get(path, {}).get(chosen.axis)
+        if order is None:
+            return chosen
+        position, by_position = order.argsort()[chosen.index].sort()
+        index = chosen.index[by_position]
+        first, last = int(position[0]), int(position[-1])
+        is_run = last - first + 1 == position.numel()
+        return selecting.Slice(chosen.axis, index, slice(first, last + 1) if is_run else position)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+        for path, axes in self._layout().items():
+            for axis, order in axes.items():
+                module = self.model.get_submodule(path)
+                reorder(module, axis, order.argsort(), transposed=isinstance(module, Conv1D))
+        self._layout().clear()
+        return model
 
 
 def _trainable_parameters(config: S2FTConfig, out_features: int, in_features: int) -> int:
@@ -277,7 +356,7 @@ def _trainable_parameters(config: S2FTConfig, out_features: int, in_features: in
 
 
 def _apply(model: nn.Module, config: S2FTConfig) -> nn.Module:
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 register_with_peft("s2ft", S2FTConfig, S2FTModel)

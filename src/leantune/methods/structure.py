@@ -60,12 +60,20 @@ class Structure:
         kind: "attention", "ffn" or "plain".
         units: how many query heads or channels it has.
         parts: its parts; all of them as found, fewer once narrowed to what trains.
+        whole_groups: how many key/value groups there are, where a choice must be made by whole groups although only
+            query heads train (a permutation needs it); None otherwise.
     """
 
     block: str
     kind: Kind
     units: int
     parts: tuple[Part, ...]
+    whole_groups: int | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many things a choice is among: key/value groups as soon as one part has them, else heads, channels."""
+        return self.whole_groups or min(part.units for part in self.parts)
 
 
 @dataclass(frozen=True)

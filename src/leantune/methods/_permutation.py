@@ -1,0 +1,67 @@
+"""Co-permutation: move the chosen units of a coupled structure to the front of every layer that has them.
+
+S2FT, section 3.2 and Figure 3: rows of the layers that feed an activation and columns of the layer that reads it can
+be reordered alike; only the order of the activation between them changes, not the function. The chosen entries then
+are one run instead of a gather. Order of units: those chosen on the inward side alone, on both, on the outward side
+alone, and the rest, so that each side's choice is contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from leantune.core.errors import TargetError, describe
+from leantune.kernels.partial_linear import Axis
+from leantune.methods._selection import entries
+from leantune.methods.structure import Structure
+
+Layout = dict[str, dict[Axis, Tensor]]
+"""Module path -> axis -> order: entry ``i`` of the permuted layer is entry ``order[i]`` of the original."""
+
+
+def unit_order(inward: Tensor, outward: Tensor, choices: int) -> Tensor:
+    """The order of a structure's units, a permutation of ``range(choices)``, int64."""
+    here, there = set(inward.tolist()), set(outward.tolist())
+    blocks = (here - there, here & there, there - here, set(range(choices)) - here - there)
+    return torch.tensor([unit for block in blocks for unit in sorted(block)], dtype=torch.int64)
+
+
+def structure_layout(structure: Structure, order: Tensor, shapes: Mapping[str, tuple[int, int]]) -> Layout:
+    """The order of rows and columns of all modules of a structure, given the order of its units.
+
+    Args:
+        structure: with all its parts, whether they train or not.
+        order: permutation of its heads, key/value groups or channels, ``(choices,)``.
+        shapes: path -> (out, in).
+    """
+    layout: Layout = {}
+    for part in structure.parts:
+        length = shapes[part.module][1 if part.axis == "in" else 0]
+        axes = layout.setdefault(part.module, {})
+        whole = axes.setdefault(part.axis, torch.arange(length))
+        used = entries(part, order, structure.choices)
+        whole[part.offset : part.offset + used.numel()] = used
+    return layout
+
+
+def reorder(module: nn.Module, axis: Axis, order: Tensor, *, transposed: bool) -> None:
+    """Put the rows ("out", with the bias) or columns ("in") of a dense linear layer in ``order``, in place.
+
+    Raises:
+        TargetError: the layer is quantised; its packed blocks cannot be reordered without loss.
+    """
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+        raise TargetError(
+            describe("permute", f"{type(module).__name__} holds a quantised weight", "a dense base", "permute=False")
+        )
+    dim = 1 if axis == "in" else 0
+    order = order.to(weight.device)
+    with torch.no_grad():
+        weight.copy_(weight.index_select(1 - dim if transposed else dim, order))
+        bias = getattr(module, "bias", None)
+        if axis == "out" and isinstance(bias, Tensor):
+            bias.copy_(bias.index_select(0, order))
