@@ -1,0 +1,213 @@
+"""What ``leantune export`` and ``leantune merge`` do with a run: load, write, prove.
+
+The numbers go into the run's run.json, also when they do not hold.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from leantune.adapters import conversion as converting
+from leantune.adapters import folder as adapter_folder
+from leantune.adapters import merging, parity, record, skeleton
+from leantune.core.atomic import new_folder, write_json
+from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from leantune.models import BaseModel
+
+FORMATS = ("lora",)
+DEFAULT_NEW_TOKENS = 32
+_TASKS = {"SEQ_CLS": "classification"}
+
+Progress = Callable[[str], None]
+
+
+def export_run(
+    run: str | Path,
+    out_dir: str | Path,
+    *,
+    format: str = "lora",
+    prompts: Sequence[str] | None = None,
+    new_tokens: int = DEFAULT_NEW_TOKENS,
+    pad_rank: bool | str = True,
+    dtype: str | None = None,
+    base: BaseModel | str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export a run's adapter and prove that stock PEFT gives the same answers with it.
+
+    Args:
+        run: a run folder, an adapter folder or a Hub id.
+        out_dir: where to.
+        format: ``"lora"``.
+        prompts: texts to compare on; default: the first rows of the run's own data, else built-in texts.
+        new_tokens: length of the greedy continuations that are compared.
+        pad_rank: see :func:`leantune.convert_to_lora`.
+        dtype: see :func:`leantune.convert_to_lora`.
+        base: the base model, where the record does not tell.
+        overwrite: replace a non-empty ``out_dir``.
+        progress: told what happens, in words.
+
+    Returns:
+        ``format``, ``folder``, ``conversion`` and ``parity``, as JSON; the same is appended to ``exports`` of run.json.
+
+    Raises:
+        AdapterError: the adapter has no such form.
+        ParityError: the exported adapter behaves differently; ``out_dir`` is not written, run.json has the numbers.
+    """
+    if format not in FORMATS:
+        raise AdapterError(describe("format", repr(format), did_you_mean(format, FORMATS), "choose one"))
+    target = Path(out_dir)
+    converting.refuse_occupied(target, overwrite)
+    say = progress or (lambda _: None)
+    source = _adapter_of(run)
+    say("loading the trained model")
+    base_model, model = _open(source, base)
+    facts = adapter_folder.describe_adapter(model, "default", base_model)
+    with new_folder(target) as temporary:
+        say("writing the LoRA form")
+        conversion = converting.write_lora(model, temporary, "default", facts, pad_rank=pad_rank, dtype=dtype)
+        converting.copy_tokenizer(None, source, temporary)
+        location, options = skeleton.location(base_model.name)
+        measured = parity.compare(
+            model,
+            parity.Exported(
+                location, str(temporary), skeleton.auto_class_of(facts["task_type"]), {**options, **_revision(facts)}
+            ),
+            parity.prompt_ids(prompts or _run_prompts(source, base_model.tokenizer), base_model.tokenizer),
+            new_tokens=new_tokens if facts["task_type"] in (None, "CAUSAL_LM") else 0,
+            stop=parity.stop_ids(base_model.tokenizer),
+            progress=progress,
+        )
+        converting.write_lora_record(temporary, facts, conversion, measured.to_dict())
+        result = {
+            "format": format,
+            "folder": str(target),
+            "conversion": {**conversion.to_dict(), "folder": str(target)},
+            "parity": measured.to_dict(),
+        }
+        _note(source, result)
+        measured.require(f"LoRA export of {source}")
+    return result
+
+
+def merge_run(
+    run: str | Path,
+    out_dir: str | Path,
+    *,
+    prompts: Sequence[str] | None = None,
+    new_tokens: int = DEFAULT_NEW_TOKENS,
+    base: BaseModel | str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Merge a run's adapter into its base, as a plain transformers folder, and prove that it gives the same answers.
+
+    Args:
+        run: a run folder, an adapter folder or a Hub id.
+        out_dir: where to.
+        prompts: texts to compare on; default: the first rows of the run's own data, else built-in texts.
+        new_tokens: length of the greedy continuations that are compared.
+        base: the base model, where the record does not tell.
+        overwrite: replace a non-empty ``out_dir``.
+        progress: told what happens, in words.
+
+    Returns:
+        What :func:`leantune.adapters.merge` returns, and ``format``; appended to ``exports`` of run.json.
+
+    Raises:
+        AdapterError: the adapter cannot be merged.
+        ParityError: the merged model behaves differently; ``out_dir`` is not written, run.json has the numbers.
+    """
+    target = Path(out_dir)
+    converting.refuse_occupied(target, overwrite)
+    say = progress or (lambda _: None)
+    source = _adapter_of(run)
+    say("loading the trained model")
+    base_model, model = _open(source, base)
+    tokenizer = base_model.tokenizer
+    facts = adapter_folder.describe_adapter(model, "default", base_model)
+    with new_folder(target) as temporary:
+        say("merging")
+        result = merging.fill(model, temporary, "default", facts, tokenizer, None)
+        chosen = prompts or _run_prompts(source, tokenizer)
+        measured = merging.compare(model, temporary, "default", tokenizer, chosen, new_tokens, progress)
+        result["parity"] = measured.to_dict()
+        merging.write_record(temporary, {**facts, **result}, None)
+        result = {"format": "merged", "folder": str(target), **result}
+        _note(source, result)
+        measured.require(f"merged model of {source}")
+    return result
+
+
+def _adapter_of(run: str | Path) -> Path:
+    path = Path(run)
+    if not (path / "adapter").exists() and (path / "model" / "config.json").is_file():
+        raise AdapterError(
+            describe(str(path), "a run that trained the whole model", "an adapter", f"use {path / 'model'} as it is")
+        )
+    return adapter_folder.resolve(run)
+
+
+def _open(source: Path, base: BaseModel | str | None) -> tuple[BaseModel, PeftModel]:
+    known = record.read(source)
+    facts = known.get("base") or {}
+    if base is None or isinstance(base, str):
+        from leantune.models import load_base
+
+        config = adapter_folder.read_config(source)
+        name = base or facts.get("name") or config.base_model_name_or_path
+        if not name:
+            raise AdapterError(describe(str(source), "does not name its base model", "one", "name the base model"))
+        task = known.get("task_type") or config.task_type
+        options: dict[str, Any] = {"dtype": facts.get("dtype") or "float32"}
+        if _TASKS.get(str(getattr(task, "value", task))):
+            options["task"] = "regression" if known.get("problem_type") == "regression" else "classification"
+            options["num_labels"] = known.get("num_labels")
+        base = load_base(str(name), **options)
+    return base, adapter_folder.load(base, source)
+
+
+def _revision(facts: dict[str, Any]) -> dict[str, Any]:
+    revision = (facts.get("base") or {}).get("revision")
+    return {"revision": revision} if revision else {}
+
+
+def _run_prompts(source: Path, tokenizer: Any, count: int = 8) -> list[str] | None:
+    """The first prompts of the data the run was evaluated or trained on, where it can still be read."""
+    settings = source.parent / "config.yaml"
+    if not settings.is_file():
+        return None
+    try:
+        import yaml
+
+        config = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        from leantune.data import prompt_text, read_rows
+
+        for name in ("eval_data", "data"):
+            if config.get(name) and Path(config[name]).is_file():
+                rows = read_rows(Path(config[name]), format=config.get("format"), limit=count)
+                return [row.text if row.text is not None else prompt_text(row, tokenizer) for row in rows]
+    except (ImportError, OSError, LeantuneError, ValueError, AttributeError):
+        # The data moved or changed since: built-in prompts prove the same.
+        return None
+    return None
+
+
+def _note(source: Path, entry: dict[str, Any]) -> None:
+    """Append to ``exports`` of the run's run.json; an adapter folder without a run has none."""
+    path = source.parent / "run.json"
+    if source.name != "adapter" or not path.is_file():
+        return
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    summary.setdefault("exports", []).append({"created": now, **entry})
+    write_json(path, summary)
