@@ -1,0 +1,11 @@
+"""Base models: a Hub id, a local transformers folder, a GGUF file, or the embedded SmolLM2-135M.
+
+``load_base(name)`` is the one door. It returns a :class:`BaseModel`: the model in evaluation mode, its tokenizer
+with a padding token, and a content hash that adapters remember.
+"""
+
+from leantune.models.base import BaseModel, load_base, load_tokenizer
+from leantune.models.content import content_hash
+from leantune.models.embedded import EMBEDDED_NOTE
+
+__all__ = ["EMBEDDED_NOTE", "BaseModel", "content_hash", "load_base", "load_tokenizer"]

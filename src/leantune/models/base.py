@@ -1,0 +1,278 @@
+"""``load_base``: the one door to a base model, whatever it comes from and whatever the task."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from leantune.core.errors import ModelError, describe, did_you_mean, require
+from leantune.models import gguf
+from leantune.models.content import content_hash
+from leantune.models.embedded import EMBEDDED_NOTE, Progress, say
+from leantune.models.location import Location, Source, first_line, locate
+from leantune.models.quiet import quiet
+
+TASKS = ("causal-lm", "classification", "regression")
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# A head that is not in the file is drawn from this seed: loading a base twice gives the same model and hash.
+HEAD_SEED = 0
+
+
+@dataclass
+class BaseModel:
+    """A base model, ready for a method.
+
+    Attributes:
+        model: the transformers model, in evaluation mode, on the CPU.
+        tokenizer: with a padding token.
+        name: as the user gave it.
+        source: where it was found.
+        hub_id: id on the Hub, where it came from there; None otherwise (the embedded model is a dequantised copy,
+            so it has none).
+        note: a sentence that every result on this model has to carry; None for ordinary weights.
+        content_hash: of the weights as loaded; see :func:`leantune.models.content_hash`.
+        revision: commit on the Hub, where known.
+        pad_note: says which token pads, where the tokenizer brought none.
+        new_parameters: names that were not in the file (a fresh classification head), sorted.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    source: Source
+    hub_id: str | None
+    note: str | None
+    content_hash: str
+    revision: str | None = None
+    pad_note: str | None = None
+    new_parameters: tuple[str, ...] = ()
+
+
+def load_base(
+    name: str | os.PathLike[str],
+    *,
+    task: str = "causal-lm",
+    num_labels: int | None = None,
+    dtype: str | torch.dtype = "float32",
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress = say,
+) -> BaseModel:
+    """Load a base model and its tokenizer. Weights are read from safetensors or GGUF, never from a pickle.
+
+    Args:
+        name: ``smollm2-135m``, a transformers folder, a ``.gguf`` file, or a Hub id.
+        task: ``causal-lm``; ``classification`` or ``regression`` put a sequence head on it, fresh (from a fixed
+            seed) where the file has none that fits.
+        num_labels: classes of ``classification``; None takes the file's own head. Regression has 1.
+        dtype: ``float32``, ``bfloat16``, ``float16``, ``float64``, a torch dtype, or ``auto`` for the file's own.
+        trust_remote_code: run code that the model's repository brings along. Off: such a model is refused.
+        revision: branch, tag or commit on the Hub.
+        progress: called with one line of text when something takes long.
+
+    Raises:
+        ModelError: the model cannot be found, read or used for the task.
+        DependencyError: a GGUF file needs the ``gguf`` package.
+    """
+    _check_task(task, num_labels)
+    torch_dtype = _parse_dtype(dtype)
+    location = locate(name, revision=revision, progress=progress)
+    if location.source == "gguf":
+        require("gguf", "train")
+        progress(f"{location.name}: dequantising")
+    tokenizer, pad_note = _load_tokenizer(location, trust_remote_code)
+    config = _load_config(location, trust_remote_code)
+    model, new = _load_model(location, config, task, num_labels, torch_dtype, trust_remote_code)
+    model.eval()
+    _set_padding(model, tokenizer)
+    return BaseModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=location.name,
+        source=location.source,
+        hub_id=location.target if location.source == "hub" else None,
+        note=note_of(location),
+        content_hash=content_hash(model),
+        revision=location.revision,
+        pad_note=pad_note,
+        new_parameters=new,
+    )
+
+
+def load_tokenizer(
+    name: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The tokenizer of a base model, with a padding token, as :func:`load_base` gives it.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be found or read.
+    """
+    return _load_tokenizer(locate(name, revision=revision), trust_remote_code)[0]
+
+
+def note_of(location: Location) -> str | None:
+    """The sentence that results on this model have to carry, or None."""
+    if location.source == "embedded":
+        return EMBEDDED_NOTE
+    if location.source == "gguf" and location.path is not None:
+        return gguf.describe_quantisation(gguf.read(location.path))
+    return None
+
+
+def _check_task(task: str, num_labels: int | None) -> None:
+    if task not in TASKS:
+        raise ModelError(describe("task", f"'{task}'", f"one of {', '.join(TASKS)}", did_you_mean(task, TASKS)))
+    if task != "classification" and num_labels not in (None, 1):
+        got = f"num_labels={num_labels} with task '{task}'"
+        raise ModelError(describe("num_labels", got, "labels only for classification", "leave it out"))
+    if num_labels is not None and num_labels < 1:
+        raise ModelError(describe("num_labels", str(num_labels), "a number of classes above 0", "mend it"))
+
+
+def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        if dtype in DTYPES.values():
+            return dtype
+        dtype = str(dtype)
+    elif dtype == "auto":
+        return dtype
+    elif dtype in DTYPES:
+        return DTYPES[dtype]
+    known = [*DTYPES, "auto"]
+    raise ModelError(describe("dtype", f"'{dtype}'", f"one of {', '.join(known)}", did_you_mean(dtype, known)))
+
+
+def _load_tokenizer(location: Location, trust_remote_code: bool) -> tuple[Any, str | None]:
+    """The tokenizer, and a sentence about its padding where that had to be chosen."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet(bars=not location.cached, stderr=location.source == "gguf"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                location.target, trust_remote_code=trust_remote_code, **location.options
+            )
+    except Exception as error:
+        raise _readable(error, location, "its tokenizer") from error
+    if location.source == "gguf" and location.path is not None:
+        gguf.mend_tokenizer(tokenizer, gguf.read(location.path))
+    if tokenizer.pad_token_id is not None:
+        return tokenizer, None
+    # A token of the vocabulary, never a new one: a new one would resize, and so change, the embeddings.
+    if tokenizer.eos_token is not None:
+        tokenizer.pad_token, kind = tokenizer.eos_token, "end-of-text"
+    elif tokenizer.unk_token is not None:
+        tokenizer.pad_token, kind = tokenizer.unk_token, "unknown-word"
+    else:
+        do = "set pad_token in its tokenizer_config.json to a token of its vocabulary"
+        got = "a tokenizer without a padding, end-of-text or unknown-word token"
+        raise ModelError(describe(location.name, got, "a token that can pad", do))
+    return tokenizer, f"the tokenizer has no padding token; its {kind} token '{tokenizer.pad_token}' pads"
+
+
+def _load_config(location: Location, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        with quiet(bars=not location.cached, stderr=location.source == "gguf"):
+            config = AutoConfig.from_pretrained(
+                location.target, trust_remote_code=trust_remote_code, **location.options
+            )
+    except Exception as error:
+        raise _readable(error, location, "its config") from error
+    return config
+
+
+def _head(config: Any, location: Location, task: str, num_labels: int | None) -> dict[str, Any]:
+    """Arguments that put a sequence head of the right width on the model; none for a causal language model."""
+    if task == "causal-lm":
+        return {}
+    if task == "regression":
+        return {"num_labels": 1, "problem_type": "regression", "ignore_mismatched_sizes": True}
+    if num_labels is None:
+        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+            do = "say how many classes there are: num_labels"
+            raise ModelError(describe(location.name, "no classification head in the file", "a number of classes", do))
+        return {}
+    return {
+        "num_labels": num_labels,
+        "problem_type": "single_label_classification",
+        "ignore_mismatched_sizes": True,
+    }
+
+
+def _load_model(
+    location: Location,
+    config: Any,
+    task: str,
+    num_labels: int | None,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool,
+) -> tuple[Any, tuple[str, ...]]:
+    """The model, and the names of the parameters that were not in the file."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    head = _head(config, location, task, num_labels)
+    safe = {} if location.source == "gguf" else {"use_safetensors": True}
+    try:
+        with quiet(bars=not location.cached, stderr=location.source == "gguf"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(HEAD_SEED)
+            model, report = kind.from_pretrained(
+                location.target,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **head,
+                **safe,
+                **location.options,
+            )
+    except Exception as error:
+        raise _readable(error, location, f"it as a model for {task}") from error
+    if location.source == "gguf":
+        gguf.forget_quantisation(model)
+    mismatched = {entry[0] if isinstance(entry, tuple) else entry for entry in report["mismatched_keys"]}
+    new = tuple(sorted(set(report["missing_keys"]) | mismatched))
+    _check_complete(model, new, location, task)
+    return model, new
+
+
+def _check_complete(model: Any, new: tuple[str, ...], location: Location, task: str) -> None:
+    """Refuse a file that lacks weights of the model proper: transformers would fill them with random numbers."""
+    body = f"{model.base_model_prefix}."
+    # BERT's pooler belongs to the sequence head, though it lives in the body.
+    lacking = [key for key in new if task == "causal-lm" or (key.startswith(body) and ".pooler." not in key)]
+    if lacking:
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        got = f"{len(lacking)} weights are not in the file ({shown})"
+        do = "fetch the model again, or load it for the task it was made for"
+        raise ModelError(describe(location.name, got, f"every weight of {type(model).__name__}", do))
+
+
+def _set_padding(model: Any, tokenizer: Any) -> None:
+    # Sequence heads look for the last token that does not pad, and generation asks on every call.
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _readable(error: Exception, location: Location, what: str) -> ModelError:
+    """An error of transformers, safetensors or the Hub in the house form."""
+    text = str(error)
+    if "trust_remote_code" in text:
+        got = "it brings its own code, which is not run unasked"
+        return ModelError(
+            describe(location.name, got, "a model that transformers knows", "trust_remote_code=True, if you trust it")
+        )
+    got = f"cannot read {what} ({type(error).__name__}: {first_line(error)})"
+    do = "check that the model is complete and that transformers supports it"
+    return ModelError(describe(location.name, got, "a transformers model in safetensors or GGUF", do))
