@@ -17,10 +17,10 @@ def find_label_names(rows: Sequence[Row]) -> list[str]:
     """Class names in the order of their class numbers: numbers by size, names by alphabet.
 
     Raises:
-        DataError: labels are fractions, or names and numbers are mixed, or there is one class alone, or more than a thousand.
+        DataError: labels are fractions, or names and numbers are mixed, or there is one class alone, or more than a
+            thousand.
     """
     labels = {row.label for row in rows if row.label is not None}
-    where = rows[0].where.rpartition(":")[0] or rows[0].where
     fractions = [row for row in rows if isinstance(row.label, float) and not row.label.is_integer()]
     if fractions:
         raise DataError(
@@ -32,12 +32,12 @@ def find_label_names(rows: Sequence[Row]) -> list[str]:
             )
         )
     if len({isinstance(label, str) for label in labels}) > 1:
-        raise DataError(describe(where, "some labels are names and some numbers", "one kind", "write all as names"))
+        raise DataError(describe("labels", "some labels are names and some numbers", "one kind", "write all as names"))
     if not 2 <= len(labels) <= _MOST_CLASSES:
         do = "add rows of other classes" if len(labels) < 2 else "train it as regression, or merge classes"
-        raise DataError(describe(where, f"{len(labels)} different labels", f"2 to {_MOST_CLASSES} classes", do))
-    ordered = sorted(labels, key=lambda label: label if isinstance(label, str) else (int(label)))  # type: ignore[arg-type,return-value]
-    return [_name(label) for label in ordered]
+        raise DataError(describe("labels", f"{len(labels)} different labels", f"2 to {_MOST_CLASSES} classes", do))
+    numbers = sorted(int(label) for label in labels if not isinstance(label, str))
+    return [str(number) for number in numbers] or sorted(str(label) for label in labels)
 
 
 def _name(label: Label | None) -> str:
@@ -49,7 +49,7 @@ def _class_number(row: Row, names: list[str], problems: Problems) -> int | None:
     name = _name(label)
     if name in names:
         return names.index(name)
-    # A whole number beside names that are no numbers is the class number itself, as data sets with a names list have it.
+    # Beside names that are no numbers, a whole number is the class number itself.
     if isinstance(label, int) and not any(known.lstrip("-").isdigit() for known in names) and 0 <= label < len(names):
         return label
     problems.add(row.where, f"label '{name}'", "one of " + ", ".join(names[:20]), did_you_mean(name, names[:20]))

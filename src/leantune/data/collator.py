@@ -14,7 +14,8 @@ class Collator:
     """Pads ``input_ids`` on the right and carries labels and extra columns.
 
     Args:
-        pad_token_id: id to pad with. It is masked by ``attention_mask`` and -100 labels, so it may be the end-of-text id.
+        pad_token_id: id to pad with. It is masked by ``attention_mask`` and -100 labels, so it may be the end-of-text
+            id.
         columns: names of extra columns to carry: numbers become a tensor, anything else a list.
         pad_to_multiple_of: round the batch's length up to a multiple of this many tokens.
     """
@@ -33,8 +34,8 @@ class Collator:
         """Join examples to a batch.
 
         Returns:
-            ``input_ids``, ``attention_mask`` (batch, length), ``labels`` (batch, length), or (batch,) where a label is one number, and
-            the extra columns.
+            ``input_ids``, ``attention_mask`` (batch, length), ``labels`` (batch, length), or (batch,) where a label
+            is one number, and the extra columns.
         """
         ids = [example["input_ids"] for example in examples]
         length = max(len(row) for row in ids)

@@ -1,9 +1,10 @@
 """From rows to token ids and a loss mask.
 
-A prompt is tokenised alone, as generation will see it. The completion gets the tokens it has after that prompt: those of the
-joined text when they begin with the prompt's own, else its own tokens alone (a word that would merge across the border
-must not, since at generation time the border is there). The tokenizer's opening token is added if it adds one, and the
-end-of-text token closes the completion. Only the completion (the assistant's turns, through their end-of-text token) carries loss.
+A prompt is tokenised alone, as generation will see it. The completion gets the tokens it has after that prompt: those
+of the joined text when they begin with the prompt's own, else its own tokens alone (a word that would merge across
+the border must not, since at generation time the border is there). The tokenizer's opening token is added if it adds
+one, and the end-of-text token closes the completion. Only the completion (the assistant's turns, through their
+end-of-text token) carries loss.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class Encoded(Sequence[dict[str, Any]]):
     """Rows as token ids, in the order they were given; a sequence of its ``examples``.
 
     Attributes:
-        examples: dictionaries with ``input_ids`` (token ids), ``labels`` (the id where a token carries loss, -100 where not; for
-            classification and regression the label), ``row`` (position in the rows given) and the rows' extra columns.
+        examples: dictionaries with ``input_ids`` (token ids), ``labels`` (the id where a token carries loss, -100
+            where not; for classification and regression the label), ``row`` (position in the rows given) and the
+            rows' extra columns.
         lengths: tokens of each example, after truncation.
         total_tokens: sum of ``lengths``.
         loss_tokens: tokens that carry loss; examples, for classification and regression.
@@ -65,8 +67,8 @@ class Encoded(Sequence[dict[str, Any]]):
         if not self.truncated:
             return None
         return (
-            f"{self.truncated} of {len(self)} rows were cut to {self.max_length} tokens: {self.tokens_cut} tokens lost, "
-            f"{self.loss_rows_cut} rows lost tokens that carry loss"
+            f"{self.truncated} of {len(self)} rows were cut to {self.max_length} tokens: {self.tokens_cut} tokens "
+            f"lost, {self.loss_rows_cut} rows lost tokens that carry loss"
         )
 
 
@@ -79,11 +81,6 @@ def special_prefix(tokenizer: Any) -> list[int]:
         if full[start : start + len(plain)] == plain:
             return list(full[:start])
     return []
-
-
-def _opening(tokenizer: Any) -> list[int]:
-    """What stands before a prompt: the special prefix; ids for a prompt of no tokens are settled in :func:`_join`."""
-    return special_prefix(tokenizer)
 
 
 def _join(
@@ -139,7 +136,7 @@ def _end_of_text(tokenizer: Any) -> int:
 
 
 def _first_token(tokenizer: Any) -> list[int]:
-    """One token to stand before a completion that has nothing before it: the first can only be predicted from something."""
+    """One token to stand before a completion that has nothing before it: the first token is predicted from it."""
     return [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else _end_of_text(tokenizer)]
 
 
@@ -154,7 +151,7 @@ def _tokenise(rows: list[Row], tokenizer: Any, template: str | None) -> Iterator
         opening: list[int] = []
     else:
         all_pieces = [_completion_pieces(row) for row in rows]
-        opening = _opening(tokenizer)
+        opening = special_prefix(tokenizer)
     beginnings = ["".join(p.text for p in pieces[: k + 1]) for pieces in all_pieces for k in range(len(pieces))]
     batch = iter(tokenizer(beginnings, add_special_tokens=False, verbose=False)["input_ids"])
     for row, pieces in zip(rows, all_pieces, strict=True):
@@ -185,7 +182,8 @@ def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int | None, templ
 
     Raises:
         DataError: rows are left without a token that carries loss (cut away, or never there), the template cannot
-            render a row or hides where the assistant speaks, or the tokenizer lacks a template or end-of-text token. Rows are named.
+            render a row or hides where the assistant speaks, or the tokenizer lacks a template or end-of-text token.
+            Rows are named.
     """
     problems = Problems("data")
     encoded = Encoded(max_length=max_length)
@@ -226,7 +224,7 @@ def _add(encoded: Encoded, row: Row, index: int, ids: list[int], flags: list[boo
 
 
 def prompt_text(row: Row, tokenizer: Any, *, template: str | None = None) -> str:
-    """The text a model is asked with: the prompt, or the conversation before its last assistant turn with the generation prompt.
+    """The text a model is asked with: the prompt, or the conversation before its last assistant turn, rendered.
 
     Args:
         row: a row of prompt and completion, or of messages.
@@ -251,7 +249,7 @@ def text_ids(text: str, tokenizer: Any, *, rendered: bool = False) -> list[int]:
         rendered: the text comes from a chat template, which writes every special token itself.
     """
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    opening = [] if rendered else _opening(tokenizer)
+    opening = [] if rendered else special_prefix(tokenizer)
     return opening + list(ids) or _first_token(tokenizer)
 
 

@@ -47,10 +47,11 @@ def summary(encoded: Encoded, rows: Sequence[Row], tokenizer: Any) -> dict[str, 
         tokenizer: the tokenizer they were encoded with.
 
     Returns:
-        ``rows``; ``tokens`` (quantiles, mean and histogram of the examples' lengths in tokens); ``total_tokens``; ``loss_tokens``;
-        ``loss_share`` (of the tokens; None for classification and regression); ``truncation`` (rows, tokens, rows that lost loss tokens);
-        ``duplicates`` (rows beyond the first of their kind; ``prompts``: the same question, ``rows``: the whole row); ``references``
-        (rows that bring some); ``unknown_tokens``; ``labels`` (rows of each label, for classification).
+        ``rows``; ``tokens`` (quantiles, mean and histogram of the examples' lengths in tokens); ``total_tokens``;
+        ``loss_tokens``; ``loss_share`` (of the tokens; None for classification and regression); ``truncation`` (rows,
+        tokens, rows that lost loss tokens); ``duplicates`` (rows beyond the first of their kind; ``prompts``: the
+        same question, ``rows``: the whole row); ``references`` (rows that bring some); ``unknown_tokens``; ``labels``
+        (rows of each label, for classification).
     """
     unknown = tokenizer.unk_token_id
     is_text = isinstance(encoded.examples[0]["labels"], list)

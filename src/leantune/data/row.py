@@ -13,7 +13,8 @@ Label = str | int | float
 class Row:
     """One row, and the place it came from.
 
-    A row is of one layout: ``prompt`` and ``completion``, or ``messages``, or ``text`` (and ``text_pair``) with ``label``.
+    A row is of one layout: ``prompt`` and ``completion``, or ``messages``, or ``text`` (and ``text_pair``) with
+    ``label``.
 
     Attributes:
         where: file and line (``train.jsonl:12``) or file and row (``train.parquet row 12``), counted from one.

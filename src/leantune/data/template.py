@@ -1,10 +1,10 @@
 """Conversations through a chat template: the text a model sees, and which of it is the assistant's.
 
-The template comes from the tokenizer or is given as Jinja text. Where the assistant's turns stand is known in one of two
-ways. A template with ``{% generation %}`` marks says so itself. For any other template the conversation is rendered up to
-each assistant turn (with the generation prompt, as it will be when the model is asked) and through it; what lies between
-is the turn, provided that both really are beginnings of the whole. Templates that rewrite earlier turns
-(they drop old reasoning, say) fail that test and are refused: a guessed mask trains on the wrong tokens.
+The template comes from the tokenizer or is given as Jinja text. Where the assistant's turns stand is known in one of
+two ways. A template with ``{% generation %}`` marks says so itself. For any other template the conversation is
+rendered up to each assistant turn (with the generation prompt, as it will be when the model is asked) and through it;
+what lies between is the turn, provided that both really are beginnings of the whole. Templates that rewrite earlier
+turns (they drop old reasoning, say) fail that test and are refused: a guessed mask trains on the wrong tokens.
 """
 
 from __future__ import annotations

@@ -95,9 +95,7 @@ def _causal_lm(request: _Request) -> Scores:
     scores = Scores("causal-lm", {}, n=len(inputs), rows=len(request.rows), inputs=prompts)
     if {"loss", "perplexity"} & set(request.metrics):
         encoded = encode(request.rows, tokenizer, max_length=request.max_length, template=template)
-        scored = likelihood(
-            request.model, encoded, request.collator(), request.batch_size, progress=request.progress
-        )
+        scored = likelihood(request.model, encoded, request.collator(), request.batch_size, progress=request.progress)
         scores.statistics |= _likelihood_statistics(scored, inputs)
         scores.tokens, scores.truncated = scored.tokens, encoded.truncated
     if {"exact_match", "bleu", "chrf"} & set(request.metrics):
@@ -112,7 +110,8 @@ def _causal_lm(request: _Request) -> Scores:
         )
         statistics, signatures = _text_statistics(texts, inputs, request.metrics)
         scores.statistics |= statistics
-        scores.settings.update(max_new_tokens=request.max_new_tokens, stop=request.stop, decoding="greedy", **signatures)
+        scores.settings.update(max_new_tokens=request.max_new_tokens, stop=request.stop, decoding="greedy")
+        scores.settings.update(signatures)
         scores.generations = [
             {"prompt": prompt, "text": text, "references": item.references}
             for prompt, text, item in zip(prompts, texts, inputs, strict=True)
@@ -140,8 +139,12 @@ def _classification(request: _Request) -> Scores:
     names = encoded.label_names or []
     if outputs.shape[1] != len(names):
         raise DataError(
-            describe("label names", f"{len(names)} ({', '.join(names)})", f"{outputs.shape[1]}, as the model has outputs",
-                     "give label_names, or use data with the classes of the training")
+            describe(
+                "label names",
+                f"{len(names)} ({', '.join(names)})",
+                f"{outputs.shape[1]}, as the model has outputs",
+                "give label_names, or use data with the classes of the training",
+            )
         )
     top = outputs.max(axis=1)
     nats = top + np.log(np.exp(outputs - top[:, None]).sum(axis=1)) - outputs[np.arange(len(true)), true]
@@ -200,8 +203,8 @@ def evaluate(
     ``causal-lm``: loss and perplexity of every row's answer, and, of what the model writes greedily for each distinct
     input, exact match, BLEU and chrF against all answers of that input. A text ends at the end-of-text token or after
     ``max_new_tokens``, and all of it is scored. A base model that runs on after its first sentence is thus scored on
-    everything it wrote: that is what a user would get, and what fine-tuning mends, but part of its distance to a tuned model is only
-    knowing where to stop. ``stop="\\n"`` scores both on their first line alone; say which was used.
+    everything it wrote: that is what a user would get, and what fine-tuning mends, but part of its distance to a tuned
+    model is only knowing where to stop. ``stop="\\n"`` scores both on their first line alone; say which was used.
 
     Args:
         model: the model, or a PeftModel over it. Its training flags are left as they were.

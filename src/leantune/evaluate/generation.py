@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ def _check_room(model: Any, prompts: list[list[int]], max_new_tokens: int) -> No
             describe(
                 f"prompt {longest + 1}",
                 f"{len(prompts[longest])} tokens",
-                f"at most {room - max_new_tokens}, since the model has {room} positions and {max_new_tokens} are to come",
+                f"at most {room - max_new_tokens}: the model has {room} positions, and {max_new_tokens} are to come",
                 "shorten the prompt or lower max_new_tokens",
             )
         )
@@ -136,12 +136,15 @@ def generate(
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Continue prompts, greedily unless asked to sample. Settings the model was published with (penalties, temperature) do not count.
+    """Continue prompts, greedily unless asked to sample.
+
+    Settings the model was published with (a repetition penalty, a temperature) do not count.
 
     Args:
         model: a causal language model or a PeftModel over one. Its training flags are left as they were.
         tokenizer: its tokenizer; left as it is.
-        prompts: texts, tokenised as training prompts are; or token ids (:func:`leantune.data.prompt_ids`), taken as they stand.
+        prompts: texts, tokenised as training prompts are; or token ids (:func:`leantune.data.prompt_ids`), taken as
+            they stand.
         max_new_tokens: most new tokens a prompt.
         batch_size: prompts at once. Prompts are sorted by length, padded on the left, and answered in the order given.
         stop: a string or strings to end at besides the end-of-text token; they are not part of the result.

@@ -1,7 +1,7 @@
 """Metrics of predicted labels: accuracy, F1 and MCC by scikit-learn, Pearson and Spearman correlation by scipy.
 
-The libraries compute the values that are reported. The bootstrap computes the same numbers thousands of times, so it has short
-formulas of its own; tests hold them equal to the libraries'.
+The libraries compute the values that are reported. The bootstrap computes the same numbers thousands of times, so it
+has short formulas of its own; tests hold them equal to the libraries'.
 """
 
 from __future__ import annotations

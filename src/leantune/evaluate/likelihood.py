@@ -52,7 +52,8 @@ def perplexity(loss: float) -> float:
 def _only_positions(model: Any, selected: torch.Tensor) -> Iterator[list[bool]]:
     """Let the output layer see the selected positions alone; yields a list that fills once it did.
 
-    Everything a model does after its output layer (scaling, capping of logits) is elementwise, so this holds for any of them.
+    Everything a model does after its output layer (scaling, capping of logits) is elementwise, so this holds for any
+    of them.
     """
     head: nn.Module | None = model.get_output_embeddings()
     seen: list[bool] = []

@@ -53,7 +53,8 @@ class Scores:
         rows: rows.
         tokens: tokens that carry loss (``causal-lm``).
         truncated: rows cut to ``max_length`` before they were scored.
-        settings: what the numbers depend on: new tokens, stop strings, length limit, resamples, seed, signatures of sacrebleu.
+        settings: what the numbers depend on: new tokens, stop strings, length limit, resamples, seed, signatures of
+            sacrebleu.
         generations: for each input ``prompt``, ``text`` and ``references``.
         statistics: what each metric knows of each input; for :func:`paired_difference`, not part of :meth:`to_dict`.
         inputs: what was asked, to tell whether two results can be compared; not part of :meth:`to_dict`.
@@ -131,9 +132,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def paired_difference(
-    base: Scores, tuned: Scores, *, resamples: int = RESAMPLES, seed: int = 0
-) -> dict[str, Score]:
+def paired_difference(base: Scores, tuned: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Score]:
     """``tuned - base`` of every metric both have, with the 95% interval of the difference on the same inputs.
 
     An interval that leaves out 0 says that the difference is more than the choice of inputs.
@@ -149,7 +148,7 @@ def paired_difference(
     """
     if base.inputs != tuned.inputs:
         raise DataError(
-            describe("comparison", "scores of different inputs", "both models on the same rows", "evaluate both on one file")
+            describe("comparison", "scores of different inputs", "the same rows for both", "evaluate both on one file")
         )
     shared = [name for name in base.statistics if name in tuned.statistics]
     return {

@@ -1,7 +1,8 @@
 """Metrics of generated text against its references: exact match, and BLEU and chrF by sacrebleu.
 
-BLEU and chrF are sacrebleu's with its default settings. Its statistics of each input are kept, so that a corpus score on any sample of
-the inputs costs a sum; the scores formed from the sums are sacrebleu's formulas, and tests hold them equal to its own.
+BLEU and chrF are sacrebleu's with its default settings. Its statistics of each input are kept, so that a corpus score
+on any sample of the inputs costs a sum; the scores formed from the sums are sacrebleu's formulas, and tests hold them
+equal to its own.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def _bleu(sums: np.ndarray) -> np.ndarray:
 
 
 def _chrf(sums: np.ndarray) -> np.ndarray:
-    """Corpus chrF2 from (..., 18) sums: for each order the n-grams of the text, of its best reference, and their matches."""
+    """Corpus chrF2 from (..., 18) sums: n-grams of the texts, of their best references, and matches, for each order."""
     counts = sums.reshape(*sums.shape[:-1], _CHRF_ORDER, 3)
     texts, known, matches = counts[..., 0], counts[..., 1], counts[..., 2]
     counted = (texts > 0) & (known > 0)
@@ -102,4 +103,3 @@ def chrf(texts: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[Add
     metric = CHRF()
     statistics = _statistics(metric, texts, references)
     return Additive(statistics, _chrf), f"sacrebleu chrF2|{metric.get_signature().format()}"
-

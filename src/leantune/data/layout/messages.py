@@ -16,16 +16,16 @@ _ROLES = ("assistant", "developer", "system", "tool", "user")
 def _content(value: Any, where: str, name: str, problems: Problems) -> str | None:
     """Text, or OpenAI's list of parts when every part is text."""
     if isinstance(value, list):
-        parts = []
+        parts: list[str] = []
         for part in value:
             if not isinstance(part, dict) or part.get("type") != "text":
                 kind = part.get("type") if isinstance(part, dict) else type(part).__name__
                 problems.add(where, f"{name} has a part of type '{kind}'", "parts of text alone", "delete the row")
                 return None
-            parts.append(part.get("text"))
-        if not all(isinstance(part, str) for part in parts):
-            problems.add(where, f"{name} has a text part without text", "text", "fill it in, or delete the row")
-            return None
+            if not isinstance(part.get("text"), str):
+                problems.add(where, f"{name} has a text part without text", "text", "fill it in, or delete the row")
+                return None
+            parts.append(part["text"])
         value = "".join(parts)
     return check_text(value, where, name, problems, blank=True)
 

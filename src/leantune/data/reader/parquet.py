@@ -12,7 +12,7 @@ from leantune.data.reader import Reader, Record, register
 _BATCH_ROWS = 1024
 
 
-def read(path: Path, problems: Problems) -> Iterator[Record]:
+def read(path: Path, _: Problems) -> Iterator[Record]:
     """Yield one record a table row; rows are counted from one.
 
     Raises:
