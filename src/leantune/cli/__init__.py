@@ -16,7 +16,14 @@ from leantune.core.errors import LeantuneError, describe, did_you_mean, require
 
 # name -> (module, the one line that both `leantune --help` and `leantune NAME --help` show)
 COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("leantune.cli.train", "Fine-tune a model on your data."),
+    "generate": ("leantune.cli.generate", "Ask a trained model, or its base."),
+    "eval": ("leantune.cli.eval", "Score base and trained model side by side."),
+    "merge": ("leantune.cli.merge", "Write the adapter into its base, and prove it the same."),
+    "export": ("leantune.cli.export", "Write the adapter as plain LoRA, and prove it the same."),
+    "inspect": ("leantune.cli.inspect", "Look into a data file, an adapter or a model."),
     "methods": ("leantune.cli.methods", "List the methods, or the options of one of them."),
+    "demo": ("leantune.cli.demo", "Fine-tune a real model in minutes, and compare before and after."),
 }
 
 _DISTRIBUTION = {"yaml": "pyyaml", "sklearn": "scikit-learn"}

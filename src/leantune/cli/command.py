@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 from typer.core import TyperCommand
 
@@ -15,18 +20,51 @@ _NAMES_WIDTH = 26
 _HELP_WIDTH = 100
 
 
-def one_command(function: Callable[..., Any], *, name: str | None = None) -> Any:
+def one_command(function: Callable[..., Any]) -> Any:
     """A command from an annotated function; its docstring is the help below the line of the table."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    paragraphs = (function.__doc__ or "").split("\n\n")
-    text = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-    app.command(name=name, help=text, cls=Command)(function)
+    app.command(cls=Command, help=reflowed(function.__doc__))(function)
     return typer.main.get_command(app)
+
+
+def reflowed(text: str | None) -> str:
+    """A docstring as paragraphs of one line each."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
 
 
 def console(*, stderr: bool = False) -> Console:
     """A rich console that highlights nothing by itself: colour is only where a command puts it."""
     return Console(stderr=stderr, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line about what is going on, on stderr: standard output carries results alone."""
+    console(stderr=True).print(text, markup=False, soft_wrap=True, style="dim")
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr that takes ``(stage, done, total)``; nothing where there is no terminal."""
+    out = console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
+        stages: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bar.add_task(stage, total=total)
+            bar.update(stages[stage], completed=done, total=total)
+
+        yield update
+
+
+def program() -> str:
+    """How this program is typed here: ``leantune``, or its path where it is not on the search path."""
+    if shutil.which("leantune") or Path(sys.argv[0]).name != "leantune":
+        return "leantune"
+    with suppress(ValueError):
+        return Path(sys.argv[0]).absolute().relative_to(Path.cwd()).as_posix()
+    return sys.argv[0]
 
 
 class Command(TyperCommand):
@@ -58,7 +96,7 @@ def _record(parameter: Any, width: int) -> Iterator[tuple[str, str]]:
     """One option: its names in colour, the type dim, then the text beside or below them."""
     is_argument = parameter.param_type_name == "argument"
     names = parameter.name.upper() if is_argument else _flags(parameter)
-    kind = "" if is_argument or parameter.is_flag else f" {parameter.metavar or _kind(parameter)}"
+    kind = "" if is_argument or parameter.is_flag else f" {parameter.metavar or 'text'}"
     yield f"  {names}", "cyan"
     yield kind, "dim"
     used = 2 + len(names) + len(kind)
@@ -75,12 +113,10 @@ def _flags(parameter: Any) -> str:
     return f"--[no-]{on[2:]}" if off and off[0] == f"--no-{on[2:]}" else ", ".join([*parameter.opts, *off])
 
 
-def _kind(parameter: Any) -> str:
-    return {"integer": "int", "float": "float", "path": "path"}.get(parameter.type.name, "text")
-
-
 def _help(parameter: Any) -> str:
     text = parameter.help or ""
+    if parameter.required and parameter.param_type_name != "argument":
+        return f"{text} [required]"
     shown = parameter.default if parameter.show_default is not False else None
     if shown in (None, False, (), []) or callable(shown):
         return text

@@ -1,0 +1,47 @@
+"""`leantune export`: the adapter in a form that other programs serve, proven the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leantune.cli.command import console, one_command, say
+from leantune.cli.parity import print_parity
+
+
+def command(words: list[str]) -> Any:
+    """The command `leantune export`."""
+    del words
+    return one_command(export)
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    out: Annotated[Path, typer.Option(metavar="path", help="Folder to write the export into.")],
+    form: Annotated[str, typer.Option("--format", help="What to write: lora.")] = "lora",
+    prompt: Annotated[list[str] | None, typer.Option(metavar="text", help="Compare on this; repeat for more.")] = None,
+    pad_rank: Annotated[bool, typer.Option(help="Pad all ranks to one that common servers take.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+) -> None:
+    """A LoRA folder that PEFT and LoRA servers load without leantune. The conversion is exact; before it is written,
+    both models answer the same prompts (the run's own data unless --prompt is given), the exported one in a process
+    without leantune. When they differ nothing is written and the exit code is 1.
+    """
+    from leantune.adapters import export_run
+
+    result = export_run(
+        run, out, format=form, prompts=prompt or None, pad_rank=pad_rank, overwrite=overwrite, progress=say
+    )
+    cost = result["conversion"]
+    screen = console()
+    print_parity(screen, result["parity"])
+    screen.print(f"largest weight error  {cost['max_abs_error']:.3g}")
+    native, lora = cost["native_bytes"], cost["lora_bytes"]
+    times = f"{lora / max(native, 1):.2f} times"
+    screen.print(f"bytes                 {native / 1e6:,.2f} MB native, {lora / 1e6:,.2f} MB as LoRA ({times})")
+    screen.print(f"rank                  {cost['rank']}, padded to {cost['padded_rank']}; {cost['modules']} modules")
+    if cost["advice"]:
+        screen.print(f"advice                {cost['advice']}", markup=False)
+    screen.print(f"Written to [bold]{out}[/]", soft_wrap=True)

@@ -1,0 +1,38 @@
+"""`leantune merge`: the adapter written into its base, as a plain model folder, proven the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from leantune.cli.command import console, one_command, say
+from leantune.cli.parity import print_parity
+
+
+def command(words: list[str]) -> Any:
+    """The command `leantune merge`."""
+    del words
+    return one_command(merge)
+
+
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    out: Annotated[Path, typer.Option(metavar="path", help="Folder to write the merged model into.")],
+    prompt: Annotated[list[str] | None, typer.Option(metavar="text", help="Compare on this; repeat for more.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+) -> None:
+    """The merged folder loads with stock transformers. Before it is written, both models answer the same prompts (the
+    run's own data unless --prompt is given), the merged one in a process without leantune; when they differ nothing
+    is written and the exit code is 1.
+    """
+    from leantune.adapters import merge_run
+
+    result = merge_run(run, out, prompts=prompt or None, overwrite=overwrite, progress=say)
+    screen = console()
+    print_parity(screen, result["parity"])
+    size = result["bytes"] / 1e6
+    screen.print(
+        f"Merged {result['modules']} modules: {size:,.1f} MB, {result['dtype']}, in [bold]{out}[/]", soft_wrap=True
+    )
