@@ -7,6 +7,7 @@ columns of zeros fill up), leaf names as targets, nothing but ``lora_A`` and ``l
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from leantune import __version__
 from leantune.adapters import card as model_card
 from leantune.adapters import folder as adapter_folder
 from leantune.adapters import layer as layers
-from leantune.adapters import record, skeleton
+from leantune.adapters import record, skeleton, verification
 from leantune.core.atomic import new_folder, write_json, write_text
 from leantune.core.errors import AdapterError, describe, raise_all
 
@@ -137,9 +138,9 @@ def open_adapter(
         facts = adapter_folder.describe_adapter(model_or_dir, adapter_name, given)
         if isinstance(base, str):
             facts["base"]["name"] = base
-        return model_or_dir, facts, None
+        return _in_plain_layout(model_or_dir, adapter_name), facts, None
     source = adapter_folder.resolve(model_or_dir)
-    config = adapter_folder.read_config(source)
+    config = verification.read_config(source)
     known_base = dict(record.read(source).get("base") or {})
     if base is not None and not isinstance(base, str):
         known_base = record.base_facts(base, base.model)
@@ -148,10 +149,20 @@ def open_adapter(
         raise AdapterError(describe(str(source), "does not name its base model", "one", "pass base=..."))
     if name != known_base.get("name"):
         known_base = {"name": name}
-    model = adapter_folder.load(skeleton.build(config, name), source, verify_base=False)
+    model = adapter_folder.attach(skeleton.build(config, name), source, plain_layout=True)
     facts = adapter_folder.describe_adapter(model, "default", None)
     facts["base"] = known_base
     return model, facts, source
+
+
+def _in_plain_layout(model: PeftModel, adapter_name: str) -> PeftModel:
+    """The model itself; where its base was reordered in memory, the same adapter on a skeleton in the plain order."""
+    if not getattr(model.peft_config[adapter_name], "permute", False):
+        return model
+    with tempfile.TemporaryDirectory(prefix="leantune-layout-") as scratch:
+        saved = adapter_folder.save(model, Path(scratch) / "adapter", adapter_name=adapter_name)
+        plain = skeleton.like(model.get_base_model())
+        return adapter_folder.attach(plain, saved, adapter_name=adapter_name, plain_layout=True)
 
 
 def write_lora(
@@ -180,14 +191,14 @@ def write_lora(
         tensors[f"base_model.model.{path}.lora_A.weight"] = A
         tensors[f"base_model.model.{path}.lora_B.weight"] = B
     # The header is part of the format: some readers refuse a file that does not say "pt".
-    save_file(tensors, str(folder / adapter_folder.WEIGHTS_NAME), metadata={"format": "pt"})
+    save_file(tensors, str(folder / verification.WEIGHTS_NAME), metadata={"format": "pt"})
     targets = _target_modules([path for path, _ in modules], layers.plain_module_names(model))
     conv1d = any(layers.is_conv1d(module) for _, module in modules)
     config = _config(facts, common, targets, conv1d, {} if pad_rank else ranks)
-    write_json(folder / adapter_folder.CONFIG_NAME, config)
+    write_json(folder / verification.CONFIG_NAME, config)
     native = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     native_bytes = sum(tensor.numel() * tensor.element_size() for tensor in native.values())
-    lora_bytes = (folder / adapter_folder.WEIGHTS_NAME).stat().st_size
+    lora_bytes = (folder / verification.WEIGHTS_NAME).stat().st_size
     conversion = Conversion(
         folder=folder,
         max_abs_error=error,
@@ -318,7 +329,7 @@ def _config(
         "peft_version": peft_version,
         "task_type": facts.get("task_type"),
         "base_model_name_or_path": name,
-        "revision": None,
+        "revision": base.get("revision") if base.get("source") == "hub" else None,
         "r": rank,
         "lora_alpha": rank,
         "target_modules": targets,

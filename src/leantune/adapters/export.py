@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from leantune.adapters import conversion as converting
 from leantune.adapters import folder as adapter_folder
-from leantune.adapters import merging, parity, record, skeleton
+from leantune.adapters import merging, parity, skeleton, verification
 from leantune.core.atomic import new_folder, write_json
 from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 FORMATS = ("lora",)
 DEFAULT_NEW_TOKENS = 32
-_TASKS = {"SEQ_CLS": "classification"}
 
 Progress = Callable[[str], None]
 
@@ -76,12 +75,10 @@ def export_run(
         say("writing the LoRA form")
         conversion = converting.write_lora(model, temporary, "default", facts, pad_rank=pad_rank, dtype=dtype)
         converting.copy_tokenizer(None, source, temporary)
-        location, options = skeleton.location(base_model.name)
+        where, options = skeleton.location(base_model.name, base_model.revision)
         measured = parity.compare(
             model,
-            parity.Exported(
-                location, str(temporary), skeleton.auto_class_of(facts["task_type"]), {**options, **_revision(facts)}
-            ),
+            parity.Exported(where, str(temporary), skeleton.auto_class_of(facts["task_type"]), options),
             parity.prompt_ids(prompts or _run_prompts(source, base_model.tokenizer), base_model.tokenizer),
             new_tokens=new_tokens if facts["task_type"] in (None, "CAUSAL_LM") else 0,
             stop=parity.stop_ids(base_model.tokenizer),
@@ -158,27 +155,11 @@ def _adapter_of(run: str | Path) -> Path:
 
 
 def _open(source: Path, base: BaseModel | str | None) -> tuple[BaseModel, PeftModel]:
-    known = record.read(source)
-    facts = known.get("base") or {}
-    if base is None or isinstance(base, str):
-        from leantune.models import load_base
-
-        config = adapter_folder.read_config(source)
-        name = base or facts.get("name") or config.base_model_name_or_path
-        if not name:
-            raise AdapterError(describe(str(source), "does not name its base model", "one", "name the base model"))
-        task = known.get("task_type") or config.task_type
-        options: dict[str, Any] = {"dtype": facts.get("dtype") or "float32"}
-        if _TASKS.get(str(getattr(task, "value", task))):
-            options["task"] = "regression" if known.get("problem_type") == "regression" else "classification"
-            options["num_labels"] = known.get("num_labels")
-        base = load_base(str(name), **options)
-    return base, adapter_folder.load(base, source)
-
-
-def _revision(facts: dict[str, Any]) -> dict[str, Any]:
-    revision = (facts.get("base") or {}).get("revision")
-    return {"revision": revision} if revision else {}
+    opened = adapter_folder.recorded_base(source, base) if base is None or isinstance(base, str) else base
+    difference = verification.base_difference(source, opened.model, opened.content_hash)
+    # In the checkpoint's own layout: what is written must fit the base as others have it.
+    found = [difference] if difference else []
+    return opened, adapter_folder.attach(opened.model, source, plain_layout=True, problems=found)
 
 
 def _run_prompts(source: Path, tokenizer: Any, count: int = 8) -> list[str] | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leantune.adapters import folder as adapter_folder
-from leantune.adapters import record
+from leantune.adapters import record, verification
 
 
 def inspect_adapter(folder: str | Path) -> dict[str, Any]:
@@ -26,8 +26,8 @@ def inspect_adapter(folder: str | Path) -> dict[str, Any]:
         AdapterError: the folder is none, or torn.
     """
     path = adapter_folder.resolve(folder)
-    config = adapter_folder.read_config(path)
-    tensors = adapter_folder.read_tensors(path)
+    config = verification.read_config(path)
+    tensors = verification.read_tensors(path)
     known = record.read(path)
     prefixes = (f"{str(getattr(config.peft_type, 'value', config.peft_type)).lower()}_",)
     modules: dict[str, dict[str, Any]] = {}
@@ -47,7 +47,7 @@ def inspect_adapter(folder: str | Path) -> dict[str, Any]:
         "base": known.get("base") or {"name": config.base_model_name_or_path},
         "config": fields,
         "parameters": sum(entry["parameters"] for entry in modules.values()),
-        "bytes": (path / adapter_folder.WEIGHTS_NAME).stat().st_size,
+        "bytes": (path / verification.WEIGHTS_NAME).stat().st_size,
         "dtypes": sorted({_dtype(tensor) for tensor in tensors.values() if tensor.is_floating_point()}),
         "achieved_ratio": getattr(config, "achieved_ratio", None),
         "rank": getattr(config, "r", None),
@@ -69,7 +69,8 @@ def _split(key: str, prefixes: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _changed_fields(config: Any) -> dict[str, Any]:
-    left_out = {"peft_type", "peft_version", "base_model_name_or_path", "inference_mode", "auto_mapping", "runtime_config"}
+    left_out = {"peft_type", "peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode"}
+    left_out.add("runtime_config")
     changed = {}
     for field in dataclasses.fields(config):
         if field.name in left_out:

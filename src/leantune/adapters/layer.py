@@ -109,7 +109,7 @@ def lora_factors(path: str, layer: Any, adapter_name: str) -> tuple[Tensor, Tens
     Raises:
         AdapterError: the layer has no such form.
     """
-    if hasattr(layer, "lora_factors"):
+    if callable(getattr(layer, "lora_factors", None)):
         B, A = layer.lora_factors(adapter_name)
         return B.detach(), A.detach()
     if isinstance(layer, LoraLinear) and adapter_name in layer.lora_A:

@@ -36,7 +36,7 @@ DEFAULT_PROMPTS = (
     "Translate to French: Good morning, my friend.",
     "The three most important rules of writing are",
 )
-MAX_PROMPT_TOKENS = 512
+MAX_PROMPT_TOKENS = 256
 
 # Rounding differs in the order of sums only. Each of `depth` layers adds an error of about eps times its output, signs
 # at random, so the sum grows with sqrt(depth); 16 covers the constants (three to four products a layer, the largest of
@@ -270,11 +270,14 @@ class _Sums:
         self.disagreement_leads: list[float] = []
 
     def add(self, native: Tensor, other: Tensor, base: Tensor | None) -> None:
-        native, other = (logits.double().reshape(-1, logits.shape[-1]) for logits in (native, other))
         if native.shape != other.shape:
-            raise ParityError(
-                describe("logits", f"{tuple(other.shape)}", f"{tuple(native.shape)}", "check the base model")
-            )
+            got = f"{tuple(other.shape)} from the exported model"
+            raise ParityError(describe("logits", got, f"{tuple(native.shape)}", "check the base model"))
+        rows = [logits.reshape(-1, logits.shape[-1]).split(64) for logits in (native, other, base) if logits is not None]
+        for block in zip(*rows, strict=True):
+            self._add_rows(*(logits.double() for logits in block))
+
+    def _add_rows(self, native: Tensor, other: Tensor, base: Tensor | None = None) -> None:
         difference = (native - other).abs()
         self.positions += native.shape[0]
         self.values += native.numel()
@@ -291,7 +294,7 @@ class _Sums:
             best = native.topk(2, dim=-1).values
             self.disagreement_leads += (best[:, 0] - best[:, 1])[~same].tolist()
         if base is not None:
-            self.squared_effect += float(((native - base.double().reshape(native.shape)) ** 2).sum())
+            self.squared_effect += float(((native - base) ** 2).sum())
 
 
 def _worst(value: Tensor) -> float:

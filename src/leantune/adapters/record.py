@@ -40,6 +40,7 @@ def base_facts(base: BaseModel | None, model: nn.Module) -> dict[str, Any]:
         "name": base.name,
         "source": base.source,
         "hub_id": base.hub_id,
+        "revision": base.revision,
         "note": base.note,
         "content_hash": base.content_hash,
         "dtype": model_dtype(model),

@@ -6,6 +6,7 @@ ask while it builds its layers, and whatever it computes from the zeros is repla
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from pathlib import Path
@@ -33,22 +34,24 @@ def auto_class_of(task_type: str | None) -> str:
     return _AUTO_CLASSES.get(task_type or "CAUSAL_LM", "AutoModel")
 
 
-def location(name: str) -> tuple[str, dict[str, Any]]:
+def location(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a base model: ``from_pretrained(path, **options)``.
 
     Args:
         name: as the user gave it: a Hub id, a folder, a GGUF file, or the name of the embedded model.
-    """
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return str(path.parent), {"gguf_file": path.name}
-    if path.exists():
-        return str(path), {}
-    from leantune.models import embedded
+        revision: on the Hub.
 
-    if name == embedded.EMBEDDED_NAME:
-        return str(embedded.ensure()), {}
-    return name, {}
+    Raises:
+        ModelError: there is no such model.
+    """
+    from leantune.models.location import locate
+
+    path = Path(name).expanduser()
+    if (path / "config.json").is_file():
+        # A folder with the config alone will do here.
+        return str(path), {}
+    found = locate(name, revision=revision)
+    return found.target, dict(found.options)
 
 
 def build(config: PeftConfig, name: str) -> nn.Module:
@@ -83,6 +86,15 @@ def build(config: PeftConfig, name: str) -> nn.Module:
             model = getattr(transformers, auto_class_of(task)).from_config(base_config)
     hollow(model)
     return model
+
+
+def like(model: nn.Module) -> nn.Module:
+    """The skeleton of a plain transformers model that is at hand."""
+    base: Any = model
+    with torch.device("meta"):
+        plain = type(base)(copy.deepcopy(base.config))
+    hollow(plain)
+    return plain
 
 
 def hollow(model: nn.Module) -> None:
