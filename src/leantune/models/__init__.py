@@ -7,5 +7,6 @@ with a padding token, and a content hash that adapters remember.
 from leantune.models.base import BaseModel, load_base, load_tokenizer
 from leantune.models.content import content_hash
 from leantune.models.embedded import EMBEDDED_NOTE
+from leantune.models.fact import facts
 
-__all__ = ["EMBEDDED_NOTE", "BaseModel", "content_hash", "load_base", "load_tokenizer"]
+__all__ = ["EMBEDDED_NOTE", "BaseModel", "content_hash", "facts", "load_base", "load_tokenizer"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +87,11 @@ def load_base(
     _check_task(task, num_labels)
     torch_dtype = _parse_dtype(dtype)
     location = locate(name, revision=revision, progress=progress)
-    if location.source == "gguf":
-        require("gguf", "train")
-        progress(f"{location.name}: dequantising")
-    tokenizer, pad_note = _load_tokenizer(location, trust_remote_code)
-    config = _load_config(location, trust_remote_code)
-    model, new = _load_model(location, config, task, num_labels, torch_dtype, trust_remote_code)
+    with reading(location, progress):
+        tokenizer, pad_note = read_tokenizer(location, trust_remote_code)
+        config = read_config(location, trust_remote_code)
+        _set_head(config, location, task, num_labels)
+        model, new = _load_model(location, config, task, torch_dtype, trust_remote_code)
     model.eval()
     _set_padding(model, tokenizer)
     return BaseModel(
@@ -115,7 +116,9 @@ def load_tokenizer(
     Raises:
         ModelError: the model or its tokenizer cannot be found or read.
     """
-    return _load_tokenizer(locate(name, revision=revision), trust_remote_code)[0]
+    location = locate(name, revision=revision)
+    with reading(location, say):
+        return read_tokenizer(location, trust_remote_code)[0]
 
 
 def note_of(location: Location) -> str | None:
@@ -125,6 +128,18 @@ def note_of(location: Location) -> str | None:
     if location.source == "gguf" and location.path is not None:
         return gguf.describe_quantisation(gguf.read(location.path))
     return None
+
+
+@contextlib.contextmanager
+def reading(location: Location, progress: Progress) -> Iterator[None]:
+    """Whatever a source needs around its loading: a GGUF file its package, one walk, and a word of patience."""
+    if location.source != "gguf":
+        yield
+        return
+    require("gguf", "train")
+    progress(f"{location.name}: dequantising (this can take a minute)")
+    with gguf.one_reader():
+        yield
 
 
 def _check_task(task: str, num_labels: int | None) -> None:
@@ -150,8 +165,12 @@ def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
     raise ModelError(describe("dtype", f"'{dtype}'", f"one of {', '.join(known)}", did_you_mean(dtype, known)))
 
 
-def _load_tokenizer(location: Location, trust_remote_code: bool) -> tuple[Any, str | None]:
-    """The tokenizer, and a sentence about its padding where that had to be chosen."""
+def read_tokenizer(location: Location, trust_remote_code: bool) -> tuple[Any, str | None]:
+    """The tokenizer, and a sentence about its padding where that had to be chosen.
+
+    Raises:
+        ModelError: it cannot be read, or has no token that could pad.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -177,7 +196,12 @@ def _load_tokenizer(location: Location, trust_remote_code: bool) -> tuple[Any, s
     return tokenizer, f"the tokenizer has no padding token; its {kind} token '{tokenizer.pad_token}' pads"
 
 
-def _load_config(location: Location, trust_remote_code: bool) -> Any:
+def read_config(location: Location, trust_remote_code: bool) -> Any:
+    """The transformers config.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     from transformers import AutoConfig
 
     try:
@@ -190,47 +214,44 @@ def _load_config(location: Location, trust_remote_code: bool) -> Any:
     return config
 
 
-def _head(config: Any, location: Location, task: str, num_labels: int | None) -> dict[str, Any]:
-    """Arguments that put a sequence head of the right width on the model; none for a causal language model."""
-    if task == "causal-lm":
-        return {}
+def _set_head(config: Any, location: Location, task: str, num_labels: int | None) -> None:
+    """Give the config a sequence head of the right width; nothing for a causal language model."""
     if task == "regression":
-        return {"num_labels": 1, "problem_type": "regression", "ignore_mismatched_sizes": True}
-    if num_labels is None:
-        if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
-            do = "say how many classes there are: num_labels"
-            raise ModelError(describe(location.name, "no classification head in the file", "a number of classes", do))
-        return {}
-    return {
-        "num_labels": num_labels,
-        "problem_type": "single_label_classification",
-        "ignore_mismatched_sizes": True,
-    }
+        config.num_labels, config.problem_type = 1, "regression"
+    elif task == "classification" and num_labels is not None:
+        # Setting the number anew replaces the file's names of labels, so an equal number keeps them.
+        if config.num_labels != num_labels:
+            config.num_labels = num_labels
+        config.problem_type = "single_label_classification"
+    elif task == "classification" and not any(
+        name.endswith("ForSequenceClassification") for name in config.architectures or []
+    ):
+        do = "say how many classes there are: num_labels"
+        raise ModelError(describe(location.name, "no classification head in the file", "a number of classes", do))
 
 
 def _load_model(
     location: Location,
     config: Any,
     task: str,
-    num_labels: int | None,
     dtype: torch.dtype | str,
     trust_remote_code: bool,
 ) -> tuple[Any, tuple[str, ...]]:
     """The model, and the names of the parameters that were not in the file."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    kind = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
-    head = _head(config, location, task, num_labels)
+    kind: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
     safe = {} if location.source == "gguf" else {"use_safetensors": True}
     try:
         with quiet(bars=not location.cached, stderr=location.source == "gguf"), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(HEAD_SEED)
             model, report = kind.from_pretrained(
                 location.target,
+                config=config,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                **head,
+                ignore_mismatched_sizes=task != "causal-lm",
                 **safe,
                 **location.options,
             )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ def _unwrap(module: nn.Module) -> nn.Module:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     while True:
+        inner: Any
         if isinstance(module, PeftModel):
             inner = module.get_base_model()
         elif isinstance(module, BaseTuner):
@@ -61,7 +63,7 @@ def base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Ten
 def _raw_bytes(tensor: Tensor) -> memoryview:
     # A view as bytes, not as numbers: numpy has no bfloat16, and the sign of a zero counts.
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def content_hash(model: nn.Module) -> str:

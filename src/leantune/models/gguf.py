@@ -6,9 +6,12 @@ Weights of arbitrary GGUF files are dequantised by transformers; :mod:`leantune.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import mmap
 import struct
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -194,11 +197,24 @@ def mend_tokenizer(tokenizer: Any, file: GGUFFile) -> None:
 
 
 def smollm_pre_tokenizer() -> Any:
-    """Digits one by one, then the byte-level rule of GPT-2: the pre-tokenizer that the SmolLM models were trained with."""
+    """What the SmolLM models were trained with: digits one by one, then the byte-level rule of GPT-2."""
     from tokenizers import pre_tokenizers
 
     digits = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
+
+
+@contextlib.contextmanager
+def one_reader() -> Iterator[None]:
+    """Inside the block a GGUF file is walked once, however often transformers opens it (three times a model)."""
+    import gguf as package
+
+    original = package.GGUFReader
+    package.GGUFReader = functools.lru_cache(maxsize=1)(original)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        package.GGUFReader = original  # type: ignore[misc]
 
 
 def forget_quantisation(model: Any) -> None:

@@ -86,24 +86,32 @@ def _not_found(text: str, path: Path) -> str:
     known = {EMBEDDED_NAME}
     if path.parent.is_dir():
         prefix = text[: len(text) - len(path.name)]
-        siblings = (entry for entry in path.parent.iterdir() if entry.is_dir() or entry.suffix == ".gguf")
-        known |= {prefix + entry.name for entry in siblings if not entry.name.startswith(".")}
-    advice = did_you_mean(text, known) if len(known) <= 8 or difflib.get_close_matches(text, known) else ""
+        models = (entry for entry in path.parent.iterdir() if _is_model(entry))
+        known |= {prefix + entry.name for entry in models}
     wanted = f"'{EMBEDDED_NAME}', a folder, a .gguf file or a Hub id (owner/name)"
-    return describe(f"model '{text}'", "not found", wanted, advice or "check the path")
+    return describe(f"model '{text}'", "not found", wanted, did_you_mean(text, known))
+
+
+def _is_model(entry: Path) -> bool:
+    return entry.suffix == ".gguf" or (entry / "config.json").is_file()
 
 
 def check_folder(folder: Path) -> None:
     """Check that a folder holds a transformers model in safetensors, and a tokenizer.
 
     Raises:
-        ModelError: config, weights or tokenizer are missing, or the weights are pickled; all problems at once.
+        ModelError: config, weights or tokenizer are missing, the weights are pickled, or it is an adapter.
     """
+    wanted = "a transformers model folder"
+    # Also where a whole model lies beside the adapter: transformers would load the adapter on top, unasked.
+    if (folder / "adapter_config.json").is_file():
+        do = "give the base model here and load the adapter onto it"
+        raise ModelError(describe(str(folder), "an adapter, not a base model", wanted, do))
     if not (folder / "config.json").is_file():
-        got, do = "no config.json", "give the folder that save_pretrained wrote"
-        if (folder / "adapter_config.json").is_file() or (folder / "adapter").is_dir():
-            got, do = "an adapter, not a base model", "give the base model here and load the adapter onto it"
-        raise ModelError(describe(str(folder), got, "a transformers model folder", do))
+        do = "give the folder that save_pretrained wrote"
+        if (folder / "adapter").is_dir():
+            do = "this is a run folder: merge the run, or give its base model"
+        raise ModelError(describe(str(folder), "no config.json", wanted, do))
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
         raise ModelError(_no_safetensors(str(folder), pickled))
