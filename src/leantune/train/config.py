@@ -1,0 +1,234 @@
+"""The run configuration: every setting of a run, from YAML and flags, checked before anything is loaded.
+
+One text per field serves three readers: the description here is the comment in the YAML file and the help of the
+command line. All problems of a configuration are reported at once, with the nearest known name for a wrong one.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from leantune.core.errors import ConfigError, MethodError, describe, did_you_mean, raise_all
+from leantune.train.option import method_options, user_options
+
+if TYPE_CHECKING:
+    from leantune.methods import Method
+
+_NOTHING = {"", "null", "none", "~"}
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run. Building one checks it; a wrong one raises ConfigError.
+
+    Example:
+        ``RunConfig(model="smollm2-135m", data="train.jsonl", method="s2ft", out="runs/first")``
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    model: str = Field(description="Base model: a Hub id, a local folder, a GGUF file, or smollm2-135m")
+    data: Path = Field(description="Training rows: a jsonl or parquet file")
+    out: Path = Field(description="Run folder to write")
+    method: str = Field("s2ft", description="Fine-tuning method; `leantune methods` lists them")
+    method_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the method; `leantune methods NAME` lists them"
+    )
+    eval_data: Path | None = Field(None, description="Rows to measure the loss on; none means no evaluation")
+    task: Literal["causal-lm", "classification", "regression"] = Field(
+        "causal-lm", description="What to train: the language model itself, or a head on top of it"
+    )
+    format: str | None = Field(None, description="Format of the data files; null means by their columns")
+    limit: int | None = Field(None, ge=1, description="Use only the first rows of the training file; null means all")
+    max_length: int = Field(1024, ge=2, description="Tokens kept of a row; longer rows are cut and counted")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs")
+    batch_size: int = Field(8, ge=1, description="Rows in a forward pass")
+    gradient_accumulation: int = Field(1, ge=1, description="Forward passes in an optimizer step")
+    group_by_length: bool = Field(
+        False, description="Put rows of similar length in one batch: less padding, less random batches"
+    )
+    lr: float | None = Field(None, gt=0, description="Peak learning rate; null means the method's own default")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="How the learning rate falls to zero after the warm-up"
+    )
+    warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, description="Decay of the trained parameters (AdamW)")
+    clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 means no clipping")
+    seed: int = Field(0, ge=0, description="Seed of row order, initialisation, dropout and the method's selection")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="Type of the base weights; trained parameters are at least float32"
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="Where to train; auto takes an accelerator if there is one"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations in the backward pass: less memory, about a third more time"
+    )
+    logits: Literal["selected", "all"] = Field(
+        "selected", description="Compute logits only where the loss is, or at every position (slower, same numbers)"
+    )
+    save_steps: int = Field(100, ge=0, description="Steps between checkpoints; 0 means none")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep; older ones are removed")
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; null means once, at the end")
+    log_steps: int = Field(10, ge=1, description="Steps between lines on the screen; metrics.jsonl has every step")
+    overwrite: bool = Field(False, description="Replace a run that is already in the run folder")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the base model")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub model")
+
+    def __init__(self, **values: Any) -> None:
+        problems: list[str] = []
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            problems = [_problem(item, type(self).model_fields) for item in error.errors()]
+        problems += _method_problems(values)
+        if not problems:
+            problems = self._contradictions()
+        raise_all(problems, ConfigError)
+        self.method_options = method_options(self.chosen_method, self.method_options)[0]
+
+    @property
+    def chosen_method(self) -> Method:
+        """The method behind the name."""
+        from leantune.methods import get
+
+        return get(self.method)
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate: the one given, or the method's own."""
+        return self.lr if self.lr is not None else self.chosen_method.default_learning_rate
+
+    def _contradictions(self) -> list[str]:
+        if self.eval_steps is not None and self.eval_data is None:
+            got = f"{self.eval_steps} without eval_data"
+            return [describe("eval_steps", got, "rows to evaluate on", "set eval_data, or drop eval_steps")]
+        return []
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+        """Read a recipe; ``key=value`` overrides win over the file.
+
+        Args:
+            path: the YAML file.
+            overrides: ``lr=1e-3``, ``method_options.ratio=0.05``, or ``ratio=0.05`` for an option of the method.
+
+        Raises:
+            ConfigError: the file cannot be read, or the configuration is wrong; all problems at once.
+        """
+        return cls(**apply_overrides(_read_yaml(Path(path)), overrides))
+
+    def to_yaml(self) -> str:
+        """The configuration as YAML, every field under its description; reading it back gives an equal one."""
+        lines = ["# leantune train <this file> repeats this run."]
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            plain = value.as_posix() if isinstance(value, Path) else value
+            lines += textwrap.wrap(str(field.description), 110, initial_indent="# ", subsequent_indent="#   ")
+            lines.append(yaml.safe_dump({name: _plain(plain)}, sort_keys=False, allow_unicode=True).rstrip())
+        return "\n".join(lines) + "\n"
+
+
+def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A copy of ``values`` with ``key=value`` settings on top; a key may name an option of the method.
+
+    Raises:
+        ConfigError: a setting has no ``=``, or names neither a field nor an option.
+    """
+    merged = dict(values)
+    raw_options = merged.get("method_options")
+    options = dict(raw_options) if isinstance(raw_options, dict) else {}
+    settings, problems = [], []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if equals:
+            settings.append((key.strip(), text.strip()))
+        else:
+            problems.append(describe(f"setting '{override}'", "no '='", "key=value", f"write {override}=VALUE"))
+    fields = RunConfig.model_fields
+    for key, text in settings:
+        if key in fields and key != "method_options":
+            merged[key] = None if text.lower() in _NOTHING else text
+    known = _option_names(merged.get("method", fields["method"].default))
+    for key, text in settings:
+        name = key.removeprefix("method_options.")
+        if key == "method_options":
+            options = yaml.safe_load(text) or {}
+        elif key != name or (key not in fields and key in known):
+            options[name] = yaml.safe_load(text)
+        elif key not in fields:
+            problems.append(
+                describe(f"setting '{key}'", "unknown", did_you_mean(key, [*fields, *known]), "mend the name")
+            )
+    raise_all(problems, ConfigError)
+    if options:
+        merged["method_options"] = options
+    return merged
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(describe(str(path), "not there", "a YAML recipe", "check the path")) from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            describe(str(path), " ".join(str(error).split()), "a readable YAML recipe", "mend the file")
+        ) from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(describe(str(path), "not a table of settings", "lines of `key: value`", "mend the file"))
+    return values
+
+
+def _option_names(method: Any) -> list[str]:
+    from leantune.methods import get
+
+    try:
+        return sorted(user_options(get(str(method)).config))
+    except MethodError:
+        return []
+
+
+def _method_problems(values: dict[str, Any]) -> list[str]:
+    """What is wrong with the method and its options, found even when other fields are wrong too."""
+    from leantune.methods import get
+
+    name = values.get("method", RunConfig.model_fields["method"].default)
+    options = values.get("method_options") or {}
+    if not isinstance(name, str) or not isinstance(options, dict):
+        return []
+    try:
+        method = get(name)
+    except MethodError as error:
+        return [str(error)]
+    return method_options(method, options)[1]
+
+
+def _problem(item: Any, fields: Iterable[str]) -> str:
+    """One pydantic error in our words."""
+    where = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] == "extra_forbidden":
+        return describe(where, "unknown setting", did_you_mean(where, fields), "mend the name or drop the line")
+    if item["type"] == "missing":
+        return describe(where, "missing", "this setting has no default", f"set {where}")
+    wanted = item["msg"][0].lower() + item["msg"][1:]
+    return describe(where, f"{item['input']!r}", wanted, "change the value")
+
+
+def _plain(value: Any) -> Any:
+    """Values that YAML can hold: sets and tuples of options become lists."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    return str(value)

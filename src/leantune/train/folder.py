@@ -1,0 +1,93 @@
+"""The run folder: who may write into it, and what a reader may believe of it.
+
+    config.yaml     the settings of the latest attempt
+    metrics.jsonl   its figures, step by step; loss.png draws them
+    checkpoints/    its checkpoints, each complete
+    adapter/        the newest complete result (model/ when the method trains the whole model)
+    run.json        the record of that result
+
+A run that replaces another leaves the older result and its record alone until its own are complete.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from leantune.core import atomic
+from leantune.core.errors import RunError, describe
+from leantune.train import checkpoint
+from leantune.train.config import RunConfig
+from leantune.train.record import METRICS, RECORD, file_hash, plain
+
+CONFIG = "config.yaml"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+MODEL = "model"
+PICTURE = "loss.png"
+WEIGHTS = {ADAPTER: "adapter_model.safetensors", MODEL: "model.safetensors"}
+
+
+def result_folder(folder: Path) -> Path | None:
+    """The folder of a run's newest complete result: adapter/, model/, else its last checkpoint; None without any."""
+    for name in (ADAPTER, MODEL):
+        atomic.recover(folder / name)
+        if (folder / name).is_dir():
+            return folder / name
+    return checkpoint.last_checkpoint(folder / CHECKPOINTS)
+
+
+def check_vacant(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds what a run must not touch.
+
+    Raises:
+        RunError: it is a file, holds files that no run wrote, or holds a result and ``overwrite`` is off.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RunError(describe(str(folder), "a file", "a folder to write the run into", "choose another out"))
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not any((folder / name).exists() for name in (CONFIG, RECORD, CHECKPOINTS)):
+        raise RunError(
+            describe(str(folder), "holds files that are not a run's", "a new or empty folder", "choose another out")
+        )
+    if not overwrite and result_folder(folder) is not None:
+        raise RunError(
+            describe(
+                str(folder), "holds a run already", "a new or empty folder", "choose another out, or set overwrite"
+            )
+        )
+
+
+def begin(config: RunConfig) -> None:
+    """Make the folder ready for a new run; an older result and its record stay."""
+    folder = config.out
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.sweep(folder)
+    checkpoint.sweep(folder / CHECKPOINTS)
+    for path in reversed(checkpoint.checkpoints(folder / CHECKPOINTS)):
+        checkpoint.remove(path)
+    atomic.write_text(folder / METRICS, "")
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    atomic.write_text(folder / CONFIG, config.to_yaml())
+
+
+def write_record(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write run.json with the hash of the result it belongs to; returns what was written."""
+    result = result_folder(folder)
+    weights = result / WEIGHTS[result.name] if result is not None and result.name in WEIGHTS else None
+    if weights is not None and weights.exists():
+        summary = {**summary, "result": {"folder": result.name if result else None, "sha256": file_hash(weights)}}
+    written: dict[str, Any] = plain(summary)
+    atomic.write_json(folder / RECORD, written)
+    return written
+
+
+def is_record_of(folder: Path, summary: dict[str, Any]) -> bool:
+    """Whether a record belongs to the result beside it; not so when a kill fell between writing the two."""
+    recorded, result = summary.get("result"), result_folder(folder)
+    if recorded is None or result is None or result.name not in WEIGHTS:
+        # A run in progress, or killed: the record of its beginning is all there is.
+        return True
+    weights = result / WEIGHTS[result.name]
+    return not weights.exists() or file_hash(weights) == recorded.get("sha256")

@@ -1,0 +1,134 @@
+"""The loss on the tokens that carry it, from logits at those positions alone.
+
+With short completions most logits are computed to be thrown away: at 49,152 words a vocabulary-wide row costs more
+than several layers. So the hidden states are gathered in front of the output embedding, by a hook that every
+architecture's ``forward`` passes through, and whatever the model does to its logits afterwards (a softcap, a
+scaling) is done to the gathered ones. Position ``i`` predicts token ``i + 1``: row ``b`` has loss at position ``i``
+where ``labels[b, i + 1] != -100``, and a label at position 0 is never predicted.
+
+    loss = sum over those (b, i) of -log softmax(logits[b, i])[labels[b, i + 1]]  /  number of them in the step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from leantune.core.errors import ModelError, describe
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The positions of a batch whose next token carries loss, in row order.
+
+    Attributes:
+        index: ``(N,)`` positions in the batch flattened to ``rows * length``.
+        target: ``(N,)`` the token each one predicts.
+        row: ``(N,)`` the row each one is in.
+        rows: rows in the batch.
+        length: positions in a row.
+    """
+
+    index: Tensor
+    target: Tensor
+    row: Tensor
+    rows: int
+    length: int
+
+    @classmethod
+    def of(cls, labels: Tensor) -> Selection:
+        """The selection of a batch of labels ``(rows, length)``, aligned with the input tokens as usual."""
+        rows, length = labels.shape
+        row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        return cls(row * length + column, labels[row, column + 1], row, rows, length)
+
+
+def count_targets(labels: Tensor) -> Tensor:
+    """How many tokens of ``labels`` carry loss."""
+    return (labels[:, 1:] != IGNORED).sum()
+
+
+@contextmanager
+def selected_logits(model: nn.Module, selection: Selection) -> Iterator[None]:
+    """Inside, ``model(...).logits`` has shape ``(1, N, vocabulary)``: one row for each selected position.
+
+    Raises:
+        ModelError: the model's logits do not come from one pass of its output embedding over all positions.
+    """
+    head = output_embedding(model)
+    passes = 0
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        nonlocal passes
+        del module
+        passes += 1
+        hidden, *rest = args
+        if hidden.shape[:2] != (selection.rows, selection.length):
+            raise _not_selectable(model, f"its head is given {tuple(hidden.shape)}")
+        flat = hidden.reshape(selection.rows * selection.length, hidden.shape[-1])
+        return (flat.index_select(0, selection.index.to(flat.device)).unsqueeze(0), *rest)
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if passes != 1:
+        raise _not_selectable(model, f"its head ran {passes} times in a forward pass")
+
+
+def output_embedding(model: nn.Module) -> nn.Module:
+    """The module that turns hidden states into logits."""
+    find = getattr(_without_adapter(model), "get_output_embeddings", None)
+    head: nn.Module | None = find() if find is not None else None
+    if head is None:
+        raise _not_selectable(model, "it names no output embedding")
+    return head
+
+
+def _without_adapter(model: Any) -> nn.Module:
+    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base
+
+
+def _not_selectable(model: nn.Module, why: str) -> ModelError:
+    base = _without_adapter(model)
+    return ModelError(
+        describe(
+            type(base).__name__, why, "one pass of one output embedding over (rows, length, width)", "set logits: all"
+        )
+    )
+
+
+def selected_losses(model: nn.Module, inputs: dict[str, Any], selection: Selection) -> Tensor:
+    """``(N,)`` losses in nats, by a forward pass that computes logits only at the selection."""
+    with selected_logits(model, selection):
+        logits = model(**inputs).logits
+    return token_losses(logits.squeeze(0), selection.target)
+
+
+def dense_losses(model: nn.Module, inputs: dict[str, Any], selection: Selection) -> Tensor:
+    """``(N,)`` losses in nats, by a forward pass that computes logits at every position."""
+    logits = model(**inputs).logits
+    return token_losses(logits.flatten(0, 1)[selection.index], selection.target)
+
+
+def token_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """``(N,)`` cross-entropies in nats, in float32 or better, of logits ``(N, vocabulary)``."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(wide, target.to(wide.device), reduction="none")
+
+
+def per_row(losses: Tensor, selection: Selection) -> tuple[Tensor, Tensor]:
+    """The sum of the losses of each row, and how many there are: two tensors of shape ``(rows,)``."""
+    row = selection.row.to(losses.device)
+    sums = losses.new_zeros(selection.rows).index_add(0, row, losses)
+    counts = torch.bincount(row, minlength=selection.rows)
+    return sums, counts

@@ -1,0 +1,96 @@
+"""What a run has used: tokens, padding, time, memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from leantune.train.loss import IGNORED
+
+
+@dataclass
+class Meter:
+    """Counts of the batches trained on.
+
+    Attributes:
+        rows: rows seen, a row of each epoch counted again.
+        cells: positions computed, padding included.
+        tokens: positions that are no padding.
+        loss_tokens: tokens that carried loss.
+        started: monotonic time at which training began.
+        ended: the same for its end, None while it goes on.
+    """
+
+    rows: int = 0
+    cells: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    ended: float | None = None
+
+    def start(self) -> None:
+        """Training begins now."""
+        self.started, self.ended = time.perf_counter(), None
+
+    def stop(self) -> None:
+        """Training ends now."""
+        self.ended = time.perf_counter()
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Count a batch."""
+        mask, labels = batch["attention_mask"], batch["labels"]
+        self.rows += mask.shape[0]
+        self.cells += mask.numel()
+        self.tokens += int(mask.sum())
+        if labels.dim() > 1:
+            self.loss_tokens += int((labels[:, 1:] != IGNORED).sum())
+
+    @property
+    def seconds(self) -> float:
+        """Time since training began, or that it took."""
+        return (time.perf_counter() if self.ended is None else self.ended) - self.started
+
+    @property
+    def padding(self) -> float:
+        """Share of the computed positions that were padding."""
+        return 1 - self.tokens / self.cells if self.cells else 0.0
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the peak from here, where the system allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        # Linux: 5 resets the high-water mark of this process's resident set.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Peak bytes: of the allocator on a GPU, of the resident set on a CPU; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return _rusage_peak()
+    return _rusage_peak()
+
+
+def _rusage_peak() -> int | None:
+    try:
+        import resource
+    except ImportError:
+        return None
+    import sys
+
+    # Kilobytes everywhere but on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,202 @@
+"""From a configuration to what trains: rows, base model, method, trainer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from leantune.core.errors import MethodError, describe
+from leantune.data import (
+    Collator,
+    Encoded,
+    Row,
+    encode,
+    encode_classification,
+    encode_regression,
+    find_label_names,
+    read_rows,
+)
+from leantune.methods import Method, TrainingPlan
+from leantune.models import BaseModel, load_base
+from leantune.train.config import RunConfig
+from leantune.train.folder import CHECKPOINTS
+from leantune.train.option import user_options
+from leantune.train.trainer import LeanTrainer
+
+_TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass
+class Rows:
+    """The rows of a run, checked.
+
+    Attributes:
+        train: to train on.
+        evaluation: to measure on; None without eval_data.
+        label_names: class names in the order of their numbers; None where there are no classes.
+    """
+
+    train: list[Row]
+    evaluation: list[Row] | None
+    label_names: list[str] | None
+
+
+@dataclass
+class Examples:
+    """The rows as tokens."""
+
+    train: Encoded
+    evaluation: Encoded | None
+
+
+def read_data(config: RunConfig) -> Rows:
+    """Read and check the rows, before a model is loaded for them.
+
+    Raises:
+        DataError: a file or row is bad.
+    """
+    train = read_rows(config.data, format=config.format, limit=config.limit)
+    evaluation = read_rows(config.eval_data, format=config.format) if config.eval_data is not None else None
+    labels = find_label_names(train) if config.task == "classification" else None
+    return Rows(train, evaluation, labels)
+
+
+def encode_rows(config: RunConfig, rows: Rows, tokenizer: Any) -> Examples:
+    """The rows as token ids with their labels.
+
+    Raises:
+        DataError: a row carries no loss, or a label is unknown.
+    """
+    evaluation = None if rows.evaluation is None else _encode(config, rows.evaluation, rows.label_names, tokenizer)
+    return Examples(_encode(config, rows.train, rows.label_names, tokenizer), evaluation)
+
+
+def _encode(config: RunConfig, rows: list[Row], labels: list[str] | None, tokenizer: Any) -> Encoded:
+    if config.task == "classification":
+        return encode_classification(rows, tokenizer, max_length=config.max_length, label_names=labels)
+    if config.task == "regression":
+        return encode_regression(rows, tokenizer, max_length=config.max_length)
+    return encode(rows, tokenizer, max_length=config.max_length)
+
+
+def load_model(config: RunConfig, name: str, labels: list[str] | None) -> BaseModel:
+    """The base model of a run, with the head its task needs.
+
+    Args:
+        config: task, dtype, revision.
+        name: the base model, or the folder of a fully trained one.
+        labels: class names, for a classification head.
+
+    Raises:
+        ModelError: it cannot be found or read.
+    """
+    base = load_base(
+        name,
+        task=config.task,
+        num_labels=len(labels) if labels else None,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        revision=config.revision,
+    )
+    if labels:
+        base.model.config.id2label = dict(enumerate(labels))
+        base.model.config.label2id = {label: number for number, label in enumerate(labels)}
+    return base
+
+
+def method_config(method: Method, config: RunConfig) -> Any:
+    """The method's own config object for a run: its options, the run's seed, the task."""
+    options = dict(config.method_options)
+    if "seed" in user_options(method.config):
+        options.setdefault("seed", config.seed)
+    if "task_type" in getattr(method.config, "__dataclass_fields__", {}):
+        options["task_type"] = _TASK_TYPES[config.task]
+    return method.config(**options)
+
+
+def apply_method(config: RunConfig, base: BaseModel) -> Any:
+    """The base model with the method on it, ready to train.
+
+    Raises:
+        LeantuneError: the options contradict each other or do not fit the model.
+    """
+    method = config.chosen_method
+    try:
+        model = method.apply(base.model, method_config(method, config))
+    except (ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        do = f"see leantune methods {method.name} and leantune inspect model {base.name}"
+        raise MethodError(describe(f"method {method.name}", text, "options that fit the model", do)) from error
+    if config.gradient_checkpointing:
+        _enable_checkpointing(model)
+    return model
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # transformers 5.23 has renamed the switch; the older name goes in its version 6.
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    # It also makes the embeddings ask for gradients, for a kind of checkpointing that is not used here: the backward
+    # pass would then go below the lowest trained layer.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.disable_input_require_grads()
+
+
+def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -> LeanTrainer:
+    """The trainer of a run."""
+    plan = config.chosen_method.plan(model)
+    return LeanTrainer(
+        model,
+        plan=plan,
+        task=config.task,
+        logits=config.logits,
+        group_by_length=config.group_by_length,
+        args=_arguments(config),
+        train_dataset=examples.train,
+        eval_dataset=examples.evaluation,
+        data_collator=collator_of(base, plan),
+    )
+
+
+def collator_of(base: BaseModel, plan: TrainingPlan) -> Collator:
+    """Batches padded for this model, with the columns that the plan asks for."""
+    return Collator(base.tokenizer.pad_token_id, plan.batch_columns)
+
+
+def _arguments(config: RunConfig) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(Path(config.out) / CHECKPOINTS),
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=_SCHEDULES[config.schedule],
+        # Below one it is a share of the steps.
+        warmup_steps=config.warmup_ratio,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="steps" if config.save_steps else "no",
+        save_steps=config.save_steps or 1,
+        save_total_limit=config.keep_checkpoints,
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps,
+        # Every step goes to metrics.jsonl; log_steps decides what the screen shows.
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=config.device == "cpu",
+        dataloader_num_workers=0,
+        dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
+    )

@@ -1,0 +1,273 @@
+"""The training loop: ``transformers.Trainer`` with our loss, and whatever a method's plan asks for.
+
+Resume, accumulation, mixed precision, trackers and several processes stay the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from leantune.core.errors import MethodError, RunError, describe
+from leantune.methods import TrainingPlan
+from leantune.train import checkpoint
+from leantune.train.callbacks import plan_callbacks, plan_of
+from leantune.train.loss import Selection, count_targets, dense_losses, per_row, selected_losses
+from leantune.train.meter import Meter
+from leantune.train.sampler import LengthSampler
+from leantune.train.validation import validate
+
+Task = Literal["causal-lm", "classification", "regression"]
+
+
+class LeanTrainer(Trainer):
+    """A Trainer whose loss is the mean over the loss-carrying tokens of a whole step, or what the plan makes of it.
+
+    Args:
+        model: the model to train, method applied.
+        plan: what the method asks for; None asks the method of the model's adapter.
+        task: a causal language model, or the kind of head.
+        logits: ``"selected"`` computes logits only where loss is, ``"all"`` everywhere.
+        group_by_length: batches of similar row length (needs examples with ``input_ids``).
+        keywords: everything else ``transformers.Trainer`` takes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        plan: TrainingPlan | None = None,
+        task: Task = "causal-lm",
+        logits: Literal["selected", "all"] = "selected",
+        group_by_length: bool = False,
+        **keywords: Any,
+    ) -> None:
+        self.plan = plan if plan is not None else plan_of(model)
+        self.task = task
+        self.logits = logits
+        self.group_by_length = group_by_length
+        self.meter = Meter()
+        self._writing: Path | None = None
+        callbacks = [*(keywords.pop("callbacks", None) or []), *plan_callbacks(self.plan)]
+        super().__init__(model=model, callbacks=callbacks, **keywords)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        # The loss below is already divided by the number of items of the whole step.
+        self.loss_is_scaled_for_ga = True
+
+    def train(self, *arguments: Any, **keywords: Any) -> Any:
+        """``Trainer.train``, timed."""
+        self.meter.start()
+        try:
+            return super().train(*arguments, **keywords)
+        finally:
+            self.meter.stop()
+
+    # The loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of one forward pass, as its share of the loss of the step."""
+        inputs = dict(inputs)
+        columns = {name: inputs.pop(name) for name in self.plan.batch_columns if name in inputs}
+        outputs = None
+        if self.task != "causal-lm":
+            outputs = model(**inputs)
+            rows = inputs["labels"].shape[0]
+            loss = outputs.loss * rows / self._items(num_items_in_batch, rows)
+        elif self._takes_stock_path():
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            labels = inputs.pop("labels")
+            selection = Selection.of(labels)
+            compute = selected_losses if self.logits == "selected" else dense_losses
+            losses = compute(model, inputs, selection)
+            if model.training and self.plan.loss_reduction is not None:
+                # A method's own reduction is a mean in its own sense: the step takes the mean over its passes.
+                loss = self.plan.loss_reduction(*per_row(losses, selection), columns)
+                loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
+            else:
+                loss = losses.sum() / self._items(num_items_in_batch, len(losses))
+        if model.training:
+            self._check_finite("the loss", loss.detach())
+        return (loss, outputs if outputs is not None else {"loss": loss}) if return_outputs else loss
+
+    def _takes_stock_path(self) -> bool:
+        return self.logits == "all" and self.plan.loss_reduction is None and self.model_accepts_loss_kwargs
+
+    def _items(self, given: Tensor | int | None, own: int) -> Tensor | float:
+        """What to divide by: the items of the step over all processes, whose gradients will be averaged."""
+        if given is None:
+            return max(own, 1)
+        across = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return given / across
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | None:
+        """Tokens with loss (rows, for a head) in all forward passes of a step, over all processes."""
+        if not batch_samples or "labels" not in batch_samples[0]:
+            return None
+        labels = [batch["labels"] for batch in batch_samples]
+        if self.task == "causal-lm":
+            items = torch.stack([count_targets(each).to(device) for each in labels]).sum()
+        else:
+            items = torch.tensor(sum(len(each) for each in labels), device=device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items = self.accelerator.gather(items).sum()
+        return items.clamp(min=1)
+
+    def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
+        """The batches of a step, counted."""
+        batches, items = super().get_batch_samples(*arguments, **keywords)
+        for batch in batches:
+            self.meter.add(batch)
+        return batches, items
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient norm; a step is never taken with one that is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        # A scaler meets infinite gradients by design and skips such a step itself.
+        if norm is not None and self.accelerator.scaler is None:
+            self._check_finite("the gradient norm", norm)
+        return norm
+
+    def _check_finite(self, what: str, value: Any) -> None:
+        number = float(value)
+        if number - number == 0:
+            return
+        rate = self._get_learning_rate() if self.lr_scheduler is not None else self.args.learning_rate
+        last = checkpoint.last_checkpoint(Path(str(self.args.output_dir)))
+        kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written before it"
+        raise RunError(
+            describe(
+                f"step {self.state.global_step + 1}",
+                f"{what} is {number}",
+                "a finite number",
+                f"lower lr (it was {rate:.3g}, peak {self.args.learning_rate:.3g}) or raise warmup_ratio; {kept}",
+            )
+        )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the estimate walks over all parameters in every step and nobody here reads it."""
+        del inputs
+        return 0
+
+    # Optimizer and rows
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the trainable parameters alone, or the plan's parameter groups and optimizer."""
+        if self.optimizer is not None:
+            return self.optimizer
+        model = model if model is not None else cast(nn.Module, self.model)
+        rate, decay = self.args.learning_rate, self.args.weight_decay
+        if self.plan.parameter_groups is not None:
+            groups = self.plan.parameter_groups(model, rate, decay)
+        else:
+            groups = self._parameter_groups(model, decay)
+        if self.plan.optimizer is not None:
+            self.optimizer = self.plan.optimizer(groups, rate, self.args)
+        else:
+            # The fused kernel takes a strided view for a contiguous tensor and writes into its neighbours.
+            contiguous = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
+            betas = (self.args.adam_beta1, self.args.adam_beta2)
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=rate, betas=betas, eps=self.args.adam_epsilon, fused=contiguous
+            )
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module, decay: float) -> list[dict[str, Any]]:
+        trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        if not trainable:
+            raise MethodError(
+                describe(type(model).__name__, "nothing to train", "trainable parameters", "apply a method")
+            )
+        decayed = set(self.get_decay_parameter_names(model)) if decay else set()
+        groups = [
+            {"params": [each for name, each in trainable.items() if name in decayed], "weight_decay": decay},
+            {"params": [each for name, each in trainable.items() if name not in decayed], "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        if self.plan.sampler is not None:
+            return self.plan.sampler(dataset, self.args.seed)
+        if self.group_by_length:
+            rows: Any = dataset
+            lengths = [len(example["input_ids"]) for example in rows]
+            return LengthSampler(lengths, self.args.train_batch_size, self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The loss per token (per row, for a head) over all batches, whatever their sizes."""
+        if description != "Evaluation" or self.compute_metrics is not None:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        metrics, rows = validate(self, dataloader)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=named, num_samples=rows)
+
+    @property
+    def evaluated_last_step(self) -> bool:
+        """Whether the newest evaluation is of the model as it is now."""
+        steps = [line["step"] for line in self.state.log_history if "eval_loss" in line]
+        return bool(steps) and steps[-1] == self.state.global_step
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._writing) if self._writing is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write a checkpoint where no reader looks, and give it its name once it is complete."""
+        folder = Path(super()._get_output_dir(trial))
+        target = folder / f"checkpoint-{self.state.global_step}"
+        writing = folder / checkpoint.WRITING
+        if self.args.should_save:
+            shutil.rmtree(writing, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writing = writing
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._name_best(writing, target)
+            checkpoint.publish(writing / target.name, target)
+            if self.args.save_total_limit:
+                checkpoint.prune(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _name_best(self, writing: Path, target: Path) -> None:
+        """The state must name the best checkpoint by the name it will have, not by where it was written."""
+        if self.state.best_model_checkpoint != str(writing / target.name):
+            return
+        self.state.best_model_checkpoint = str(target)
+        path = writing / target.name / "trainer_state.json"
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state["best_model_checkpoint"] = str(target)
+        path.write_text(json.dumps(state, indent=2), encoding="utf-8")

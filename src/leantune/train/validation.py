@@ -1,0 +1,56 @@
+"""The loss on rows that are not trained on, exact per token whatever the batches."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from leantune.train.loss import count_targets
+
+if TYPE_CHECKING:
+    from leantune.train.trainer import LeanTrainer
+
+
+@torch.no_grad()
+def validate(trainer: LeanTrainer, dataloader: Any) -> tuple[dict[str, float], int]:
+    """Measure the loss, and accuracy for classes or mean absolute error for numbers.
+
+    Args:
+        trainer: its model, loss and device are used.
+        dataloader: the batches.
+
+    Returns:
+        The metrics by name, and the number of rows.
+    """
+    model: Any = trainer.model
+    was_training = model.training
+    model.eval()
+    causal = trainer.task == "causal-lm"
+    totals = torch.zeros(4, dtype=torch.float64)
+    for batch in dataloader:
+        inputs = trainer._prepare_inputs(batch)
+        loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
+        rows = inputs["labels"].shape[0]
+        items = int(count_targets(inputs["labels"])) if causal else rows
+        right = 0.0 if causal else _hits(trainer.task, outputs.logits, inputs["labels"])
+        totals += torch.tensor([float(loss) * items, items, rows, right], dtype=torch.float64)
+    model.train(was_training)
+    if trainer.args.world_size > 1:
+        totals = trainer.accelerator.reduce(totals.to(trainer.args.device), reduction="sum")
+    loss_sum, items, rows, right = totals.tolist()
+    mean = loss_sum / max(items, 1)
+    metrics = {"loss": mean}
+    if causal:
+        metrics |= {"perplexity": math.exp(min(mean, 700.0)), "tokens": int(items)}
+    else:
+        metrics |= {"accuracy" if trainer.task == "classification" else "mean_absolute_error": right / max(rows, 1)}
+    return metrics, int(rows)
+
+
+def _hits(task: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Rows whose class is right, or the sum of the absolute errors."""
+    if task == "classification":
+        return float((logits.argmax(-1) == labels).sum())
+    return float((logits.squeeze(-1).float() - labels.float()).abs().sum())
