@@ -12,7 +12,7 @@ _PUBLIC = {
     "LeanTrainer": "leantune.train.trainer",
     "Run": "leantune.train.run",
     "RunConfig": "leantune.train.config",
-    "callbacks": "leantune.train.callbacks",
+    "callbacks": "leantune.train.listener",
     "fit": "leantune.train.run",
     "selected_logits": "leantune.train.loss",
 }

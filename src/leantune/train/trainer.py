@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from leantune.core.errors import MethodError, RunError, describe
 from leantune.methods import TrainingPlan
 from leantune.train import checkpoint
-from leantune.train.callbacks import plan_callbacks, plan_of
+from leantune.train.listener import plan_callbacks, plan_of
 from leantune.train.loss import Selection, count_targets, dense_losses, per_row, selected_losses
 from leantune.train.meter import Meter
 from leantune.train.sampler import LengthSampler
