@@ -58,9 +58,7 @@ def build_llama(*, tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
 
 def build_gpt2() -> GPT2LMHeadModel:
     """Two layers of GPT-2: Conv1D, a fused c_attn."""
-    config = GPT2Config(
-        vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
-    )
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
     return GPT2LMHeadModel(config).eval()
 
 

@@ -133,10 +133,11 @@ def note_of(location: Location) -> str | None:
 @contextlib.contextmanager
 def reading(location: Location, progress: Progress) -> Iterator[None]:
     """Whatever a source needs around its loading: a GGUF file its package, one walk, and a word of patience."""
-    if location.source != "gguf":
+    if location.source != "gguf" or location.path is None:
         yield
         return
     require("gguf", "train")
+    gguf.read(location.path)  # a torn file is named here, before anything slow
     progress(f"{location.name}: dequantising (this can take a minute)")
     with gguf.one_reader():
         yield

@@ -168,7 +168,7 @@ def read(path: Path) -> GGUFFile:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(data, path)
-    except (OSError, ValueError, struct.error, MemoryError) as error:
+    except (OSError, ValueError, TypeError, ArithmeticError, struct.error, MemoryError, RecursionError) as error:
         raise ModelError(
             describe(str(path), f"unreadable ({error})", "a complete GGUF file", "fetch the file again")
         ) from error
