@@ -78,13 +78,13 @@ def table(comparison: Comparison) -> Table:
     """The comparison as a table; a difference whose interval leaves out zero is coloured."""
     from leantune.evaluate import METRICS
 
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    shown.add_column("metric")
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column("metric", no_wrap=True)
     for title in ("base", "tuned", "tuned - base"):
         shown.add_column(title, justify="right", no_wrap=True)
     for name, difference in comparison.difference.items():
         metric = METRICS[name]
-        title = f"{metric.title}, {metric.unit}" if metric.unit else metric.title
+        title = metric.title.removesuffix(" (sacrebleu)") + (" %" if metric.unit == "%" else "")
         shown.add_row(
             title,
             interval(comparison.base.metrics[name]),
@@ -96,11 +96,11 @@ def table(comparison: Comparison) -> Table:
 
 def interval(score: Score, *, sign: bool = False) -> str:
     """``12.34 [11.90, 12.80]``."""
-    bounds = "" if score.low is None else f" [{_number(score.low, sign)}, {_number(score.high, sign)}]"
+    bounds = "" if score.low is None else f" [{_number(score.low)}, {_number(score.high)}]"
     return _number(score.value, sign) + bounds
 
 
-def _number(value: float | None, sign: bool) -> str:
+def _number(value: float | None, sign: bool = False) -> str:
     if value is None or not math.isfinite(value):
         return "inf"
     size = abs(value)

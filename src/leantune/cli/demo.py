@@ -41,9 +41,9 @@ def demo(
     recipe: Annotated[Path | None, typer.Option(metavar="path", help="Settings of the run.")] = None,
     out: Annotated[Path | None, typer.Option(metavar="path", help="Run folder; default: the recipe's.")] = None,
 ) -> None:
-    """SmolLM2-135M learns to put facts about a restaurant into a sentence (E2E NLG), with S2FT. Shows prompts before and
-    after, BLEU before and after, and what it took. The settings are examples/recipes/demo.yaml (--full: demo-full.yaml)
-    and the rows examples/data/e2e_nlg, both of a checkout of the repository.
+    """SmolLM2-135M learns to put facts about a restaurant into a sentence (E2E NLG), with S2FT. Shows prompts before
+    and after, BLEU before and after, and what it took. The settings are examples/recipes/demo.yaml (--full:
+    demo-full.yaml) and the rows examples/data/e2e_nlg, both of a checkout of the repository.
     """
     began = time.perf_counter()
     recipe = recipe or _in_checkout("recipes/demo-full.yaml" if full else "recipes/demo.yaml")
@@ -112,8 +112,8 @@ def _show_result(screen: Console, run: Run, found: Comparison, seconds: float) -
         "BLEU before": f"{interval(found.base.metrics['bleu'])}",
         "BLEU after": f"{interval(found.tuned.metrics['bleu'])}",
         "difference": f"{interval(bleu, sign=True)}, paired",
-        "measured": f"sacrebleu, {found.tuned.n} distinct test inputs, all their {found.tuned.rows:,} references, greedy, "
-        f"{_NEW_TOKENS} new tokens; brackets are 95% intervals",
+        "measured": f"sacrebleu, {found.tuned.n} distinct test inputs with all their {found.tuned.rows:,} references, "
+        f"greedy, {_NEW_TOKENS} new tokens; brackets are 95% intervals",
         "trained": f"{facts['trainable_parameters']:,} parameters of {facts['total_parameters']:,} ({share:.2%}), "
         f"{config.method}, {facts['steps']} steps of {config.batch_size} rows",
         "time": f"{_clock(facts['train_time_s'])} training, {_clock(seconds)} in all",

@@ -39,6 +39,7 @@ def evaluate_run(
     from leantune.cli.comparison import compare, note, table
     from leantune.core.errors import ConfigError, describe
     from leantune.data import read_rows
+    from leantune.evaluate import METRICS
     from leantune.train import Run
 
     opened = Run.open(run)
@@ -72,6 +73,8 @@ def evaluate_run(
     if found.tuned.truncated:
         about += f"; {found.tuned.truncated} rows were cut"
     out.print(about, style="dim", markup=False, soft_wrap=True)
-    for text in (base.note, found.tuned.bleu_signature):
+    units = [f"{METRICS[name].title} in {METRICS[name].unit}" for name in found.difference if METRICS[name].unit]
+    signatures = [f"sacrebleu {text}" for name, text in found.tuned.settings.items() if name.endswith("_signature")]
+    for text in ("; ".join(units), *signatures, base.note):
         if text:
             out.print(text, style="dim", markup=False, soft_wrap=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from leantune.cli.command import Command, console, reflowed
@@ -105,7 +108,11 @@ def adapter(
     """What an adapter is, which base it belongs to, what it changes and what it costs; no model is loaded."""
     from leantune.adapters import inspect_adapter
 
-    _print_facts(inspect_adapter(folder), as_json)
+    facts = inspect_adapter(folder)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2, default=str))
+    else:
+        _print_facts({**facts, "modules": _grouped(facts["modules"])})
 
 
 def model(
@@ -115,45 +122,58 @@ def model(
     """Architecture, sizes, and the modules that a method can target; no weights are loaded."""
     from leantune.models import facts
 
-    _print_facts(facts(name), as_json)
-
-
-def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    found = facts(name)
     if as_json:
-        typer.echo(json.dumps(facts, indent=2, default=str))
-        return
+        typer.echo(json.dumps(found, indent=2, default=str))
+    else:
+        _print_facts(found)
+
+
+def _grouped(modules: dict[str, Any]) -> list[dict[str, Any]]:
+    """Modules that differ in their block number alone, as one line."""
+    groups: dict[tuple[str, str], dict[str, Any]] = {}
+    for name, facts in modules.items():
+        tensors = [f"{tensor} {tuple(known['shape'])} {known['dtype']}" for tensor, known in facts["tensors"].items()]
+        key = (re.sub(r"\.\d+\.", ".*.", name), "\n".join(tensors))
+        group = groups.setdefault(key, {"name": key[0], "count": 0, "parameters": 0, "tensors of each": key[1]})
+        group["count"] += 1
+        group["parameters"] += facts["parameters"]
+    return list(groups.values())
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    """Every fact that is there on a line; a list of records as a table."""
     out = console()
-    width = max(len(str(key)) for key in facts)
-    for key, value in facts.items():
-        if value is None or value in ([], {}):
-            continue
-        title = str(key).replace("_", " ")
+    lines = {key: value for key, value in facts.items() if value is not None and value not in ([], {})}
+    for key, inner in list(lines.items()):
+        if isinstance(inner, dict):
+            del lines[key]
+            lines |= {f"{key} {name}": value for name, value in inner.items() if value is not None}
+    width = max(len(key) for key in lines)
+    for key, value in lines.items():
+        if not (isinstance(value, list) and isinstance(value[0], dict)):
+            title = f"{key.replace('_', ' '):<{width}}  "
+            out.print(Text.assemble((title, "cyan"), _shown(key, value)), soft_wrap=True)
+    for value in lines.values():
         if isinstance(value, list) and isinstance(value[0], dict):
-            out.print()
-            out.print(_records(title, value))
-        elif isinstance(value, dict):
-            out.print(f"[cyan]{title}[/]")
-            for inner, shown in value.items():
-                out.print(Text(f"  {inner}: {_shown(inner, shown)}"), soft_wrap=True)
-        else:
-            out.print(Text.assemble((f"{title:<{width}}  ", "cyan"), _shown(key, value)), soft_wrap=True)
+            out.print(_records(value))
 
 
 def _shown(key: str, value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
         return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    if str(key).endswith("bytes"):
+    if "bytes" in key:
         return f"{value / 1e6:,.2f} MB"
-    return f"{value:,}"
+    return f"{value:.2%}" if key.endswith("ratio") else f"{value:,}"
 
 
-def _records(title: str, records: list[dict[str, Any]]) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left", title_style="cyan")
+def _records(records: list[dict[str, Any]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     for key, value in records[0].items():
-        table.add_column(str(key).replace("_", " "), justify="right" if isinstance(value, int | float) else "left")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        table.add_column(key.replace("_", " "), justify="right" if is_number else "left")
     for record in records:
-        table.add_row(*(_shown(key, value) for key, value in record.items()))
+        table.add_row(*(Text(_shown(key, value)) for key, value in record.items()))
     return table
