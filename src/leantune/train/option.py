@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
 
-from leantune.core.errors import describe, did_you_mean
+from leantune.core.errors import LeantuneError, describe, did_you_mean
 
 if TYPE_CHECKING:
     from leantune.methods import Method
@@ -57,7 +57,19 @@ def method_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, A
         except ValidationError as error:
             wanted = " or ".join(dict.fromkeys(item["msg"][0].lower() + item["msg"][1:] for item in error.errors()))
             problems.append(describe(where, f"{value!r}", wanted, f"see leantune methods {method.name}"))
-    return values, problems
+    return values, problems or _contradictions(method, values)
+
+
+def _contradictions(method: Method, values: dict[str, Any]) -> list[str]:
+    """What the method's own config says against options that are fine one by one."""
+    try:
+        method.config(**values)
+    except LeantuneError as error:
+        return [str(error)]
+    except (ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        return [describe("method_options", text, "options that fit together", f"see leantune methods {method.name}")]
+    return []
 
 
 def _type_hints(config: type) -> dict[str, Any]:

@@ -92,7 +92,7 @@ class Report(TrainerCallback):
             recent = self._losses[-self.log_steps :]
             text = self._text(state, args.device, sum(recent) / len(recent))
             self._bar.update(self._bar.task_ids[0], completed=state.global_step, description=text, refresh=True)
-        elif state.global_step % self.log_steps == 0 or len(self._losses) == 1 or state.global_step == state.max_steps:
+        elif state.global_step in (self._first_step + 1, state.max_steps) or state.global_step % self.log_steps == 0:
             width = len(str(state.max_steps))
             loss = sum(self._losses) / len(self._losses)
             self.say(f"step {state.global_step:>{width}}/{state.max_steps}  {self._text(state, args.device, loss)}")

@@ -140,8 +140,8 @@ def fit(config: RunConfig, *, progress: bool = True) -> Run:
     summary |= {"status": status, **summaries.after(trainer), "time_s": time.perf_counter() - began}
 
     _save_result(config, base, model, summary)
+    summary = run_folder.write_record(config.out, summary)
     draw_loss(read_metrics(config.out / METRICS), config.out / PICTURE, summaries.title(summary))
-    summary = run_folder.write_record(config.out, summary | {"time_s": time.perf_counter() - began})
     run = Run(config.out, config, summary, model.eval(), base.tokenizer, base)
     report.say(f"{status}: {summary['steps']:,} steps in {clock(summary['train_time_s'])}, saved in {run.result}")
     return run
