@@ -1,7 +1,10 @@
 # Everything runs in .venv, whatever virtual environment is active; works with GNU make 3.81 and later.
-#   make demo        fine-tune a real model and compare before and after
-#   make test        the test suite
-#   make check       format, lint, types, architecture
+#   make demo          fine-tune a real model and compare before and after
+#   make demo-full     the same, trained longer
+#   make test          the test suite
+#   make check         format, lint, types, architecture
+#   make conformance   PEFT's own tests on our methods
+#   make clean         remove .venv and everything built
 
 PYTHON ?= python3
 # On Linux, plain pip brings a torch with CUDA. For a small one: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -16,7 +19,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help install demo demo-full test check clean
+.PHONY: help install demo demo-full test check conformance clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -53,6 +56,10 @@ check: $(STAMP)
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+# Fetches PEFT's source distribution at the installed version; nothing of it is kept in the repository.
+conformance: $(STAMP)
+	@$(BIN)/python tests/conformance/run.py $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/leantune.egg-info

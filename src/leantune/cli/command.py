@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,13 @@ def console(*, stderr: bool = False) -> Console:
 def say(text: str) -> None:
     """One line about what is going on, on stderr: standard output carries results alone."""
     console(stderr=True).print(text, markup=False, soft_wrap=True, style="dim")
+
+
+def printable(text: str) -> str:
+    """Text of a model for a terminal: control characters, which could steer it, become a mark."""
+    return "".join(
+        sign if sign in "\n\t" or unicodedata.category(sign) != "Cc" else "\N{REPLACEMENT CHARACTER}" for sign in text
+    )
 
 
 @contextmanager

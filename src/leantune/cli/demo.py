@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
-from leantune.cli.command import console, one_command, program, progress_bar, say
+from leantune.cli.command import console, one_command, printable, program, progress_bar, say
 from leantune.core.errors import ConfigError, describe
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from leantune.evaluate import Input
     from leantune.train import Run
 
+# Above src/leantune/cli: the root of a checkout. From an installed wheel there is no examples/ there.
+_ROOT = Path(__file__).resolve().parents[3]
 _SHOWN = 4
 _NEW_TOKENS = 48
 _BATCH = 32
@@ -73,9 +75,7 @@ def demo(
 
 
 def _in_checkout(path: str) -> Path:
-    import leantune
-
-    found = Path(leantune.__file__).resolve().parents[2] / "examples" / path
+    found = _ROOT / "examples" / path
     if not found.exists():
         got = f"no examples/{path} beside the installed package"
         do = "run it in a checkout, or give --data and --recipe"
@@ -97,7 +97,7 @@ def _show_samples(screen: Console, run: Run, inputs: list[Input]) -> None:
         screen.print()
         screen.print(Text(prompt.removesuffix("\nSentence:"), style="cyan"))
         for title, text, style in (("before", old, "dim"), ("after", new, "green")):
-            said = Text.assemble((f"{title:<8}", "bold"), (" ".join(text.split()) or "(nothing)", style))
+            said = Text.assemble((f"{title:<8}", "bold"), (printable(" ".join(text.split())) or "(nothing)", style))
             screen.print(Padding(said, (0, 0, 0, 2)))
 
 

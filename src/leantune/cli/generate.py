@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leantune.cli.command import console, one_command, progress_bar, say
+from leantune.cli.command import console, one_command, printable, progress_bar, say
 from leantune.core.errors import ConfigError, DataError, describe, raise_all
 
 
@@ -74,7 +74,7 @@ def _show(prompts: list[str], answers: list[str], as_json: bool) -> None:
     for index, (prompt, text) in enumerate(zip(prompts, answers, strict=True)):
         if len(prompts) > 1:
             out.print(prompt, style="cyan", markup=False, soft_wrap=True)
-        out.print(text.strip(), markup=False, soft_wrap=True)
+        out.print(printable(text.strip()) if out.is_terminal else text.strip(), markup=False, soft_wrap=True)
         if index + 1 < len(prompts):
             out.print()
 

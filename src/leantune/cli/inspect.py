@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leantune.cli.command import Command, console, reflowed
+from leantune.cli.command import Command, console, printable, reflowed
 
 _BAR_WIDTH = 40
 
@@ -71,7 +71,7 @@ def data(
 
 
 def _coloured(stretches: list[tuple[str, bool]]) -> Text:
-    return Text.assemble(*((text, "bold green underline" if loss else "dim") for text, loss in stretches))
+    return Text.assemble(*((printable(text), "bold green underline" if loss else "dim") for text, loss in stretches))
 
 
 def _print_counts(out: Console, facts: dict[str, Any]) -> None:
