@@ -175,8 +175,11 @@ class _SliceDelta(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class S2FTLayer(AdapterLayer):
-    """A linear layer with trained slices beside it, one an adapter."""
+class S2FTLinear(AdapterLayer):
+    """A linear layer with trained slices beside it, one an adapter.
+
+    PEFT finds it by the "Linear" in its name when a further adapter targets "all-linear".
+    """
 
     adapter_layer_names = ("s2ft_slice",)
 
@@ -237,7 +240,7 @@ class S2FTModel(AdapterModel):
     """Chooses the slices of all targeted modules, block by block, and injects the layers."""
 
     prefix = prefix_of("s2ft")
-    tuner_layer_cls = S2FTLayer
+    tuner_layer_cls = S2FTLinear
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -266,7 +269,7 @@ class S2FTModel(AdapterModel):
 
         # A choice by weight reads the weights in the checkpoint's layout, dequantised where needed, one at a time.
         def weight_of(path: str) -> Tensor:
-            weight = S2FTLayer(layers[path], "probe").dense_weight()
+            weight = S2FTLinear(layers[path], "probe").dense_weight()
             for axis, order in self._layout().get(path, {}).items():
                 weight = weight.index_select(1 if axis == "in" else 0, order.argsort().to(weight.device))
             return weight
