@@ -1,0 +1,92 @@
+"""Every registered method against every check of the contract; nothing here knows a method but its variants."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from leantune import methods
+from leantune.testing import CHECKS, FAMILIES, Check, NotApplicable, Subject, subject
+from leantune.testing.closeness import assert_same
+from leantune.testing.file import load_in_a_fresh_process, run_fresh_process, write_fresh_case
+from leantune.testing.subject import points
+
+pytestmark = [
+    # 2026-11-23: PEFT 0.21.2 asks transformers 5.23 by a name that is on its way out.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
+    # 2026-11-23: stock LoRA says that it sets fan_in_fan_out for Conv1D by itself.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
+]
+
+# Options beside a method's toy ones, under which the whole contract must hold too.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "s2ft": {
+        "all-linear": {"heads": 1, "channels": 3, "target_modules": "all-linear"},
+        "independent": {
+            "channels": None,
+            "ratio": 0.3,
+            "target_modules": "all-linear",
+            "coupling": "independent",
+            "selection": "weight",
+        },
+    },
+    "lora": {"all-linear": {"target_modules": "all-linear", "use_rslora": True}},
+}
+
+
+def _subjects() -> list[Any]:
+    found = []
+    for name in methods.names():
+        for title, options in {"toy": {}, **VARIANTS.get(name, {})}.items():
+            found += [
+                pytest.param(subject(name, family, **options), id=f"{name}-{title}-{family}") for family in FAMILIES
+            ]
+    return found
+
+
+@pytest.mark.parametrize("check", [each for each in CHECKS if each is not load_in_a_fresh_process])
+@pytest.mark.parametrize("tested", _subjects())
+def test_contract(tested: Subject, check: Check) -> None:
+    try:
+        check(tested)
+    except NotApplicable as fact:
+        pytest.skip(str(fact))
+
+
+def test_all_load_in_one_fresh_process(tmp_path: Path) -> None:
+    folders = []
+    for number, parameter in enumerate(_subjects()):
+        folder = tmp_path / f"{number}-{parameter.id}"
+        folder.mkdir()
+        write_fresh_case(parameter.values[0], folder)
+        folders.append(folder)
+    assert len(folders) >= 2 * len(methods.names())
+    run_fresh_process(folders)
+
+
+@pytest.mark.parametrize("tested", _subjects())
+def test_pickle(tested: Subject) -> None:
+    model = tested.wrap_perceptron()
+    twin = pickle.loads(pickle.dumps(model))
+    assert_same(twin(points()).detach(), model(points()).detach(), "output of the unpickled model")
+
+
+def test_nothing_of_s2ft_is_skipped() -> None:
+    skipped = []
+    for check in CHECKS:
+        if check is load_in_a_fresh_process:
+            continue
+        try:
+            check(subject("s2ft"))
+        except NotApplicable as fact:
+            skipped.append(f"{check.__name__}: {fact}")
+    assert skipped == []
+
+
+def test_a_registered_method_is_never_missed() -> None:
+    assert {parameter.values[0].method.name for parameter in _subjects()} == set(methods.names())
+    assert all(subject(name).base(torch.float32) is not None for name in methods.names())
