@@ -4,6 +4,7 @@
 #   make test          the test suite
 #   make check         format, lint, types, architecture
 #   make conformance   PEFT's own tests on our methods
+#   make docs          docs/reference.md from the texts in the code
 #   make clean         remove .venv and everything built
 
 PYTHON ?= python3
@@ -15,11 +16,13 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
+# In a variable of its own: $(call) would take these commas for its own.
+EVERYTHING := -e '.[train,eval,dev]'
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help install demo demo-full test check conformance clean
+.PHONY: help install demo demo-full test check conformance docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Installing $(TORCH)"
 	@$(call quietly,$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH))
 	@echo "Installing leantune and what it needs"
-	@$(call quietly,$(PIP) -e '.[train,eval,dev]')
+	@$(call quietly,$(PIP) $(EVERYTHING))
 	@touch $(STAMP)
 
 # The names of what is being downloaded; the whole log only when it fails.
@@ -60,6 +63,9 @@ check: $(STAMP)
 # Fetches PEFT's source distribution at the installed version; nothing of it is kept in the repository.
 conformance: $(STAMP)
 	@$(BIN)/python tests/conformance/run.py $(ARGS)
+
+docs: $(STAMP)
+	@$(BIN)/python docs/reference.py
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis src/leantune.egg-info

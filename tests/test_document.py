@@ -62,3 +62,10 @@ def test_the_method_in_contributing_keeps_the_contract(tmp_path: Path) -> None:
         [sys.executable, "-c", check], capture_output=True, text=True, check=False, env={**os.environ, **threads}
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_reference_is_what_the_code_says() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "reference.py"), "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

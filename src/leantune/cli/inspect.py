@@ -43,8 +43,10 @@ def data(
     limit: Annotated[int | None, typer.Option(metavar="int", help="Read only the first rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
-    """Rows as the model sees them, with the tokens that carry loss in colour (underlined: they are what is learned);
-    lengths, truncation, duplicates, and the share of tokens that carry loss.
+    """A data file as the model will see it.
+
+    Rows, with the tokens that carry loss in colour and underlined (they are what is learned); lengths, truncation,
+    duplicates, and the share of tokens that carry loss.
     """
     from leantune.data import encode, encode_classification, masked_text, read_rows, summary
     from leantune.models import load_tokenizer
@@ -105,7 +107,10 @@ def adapter(
     folder: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """What an adapter is, which base it belongs to, what it changes and what it costs; no model is loaded."""
+    """What an adapter changes, and what it costs.
+
+    Its method and options, the base it belongs to, its modules and their sizes. No model is loaded.
+    """
     from leantune.adapters import inspect_adapter
 
     facts = inspect_adapter(folder)
@@ -119,7 +124,10 @@ def model(
     name: Annotated[str, typer.Argument(help="A Hub id, a folder, a GGUF file, or smollm2-135m.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Architecture, sizes, and the modules that a method can target; no weights are loaded."""
+    """Sizes of a model, and its target modules.
+
+    Architecture, dimensions, and the modules that a method can change. No weights are loaded.
+    """
     from leantune.models import facts
 
     found = facts(name)

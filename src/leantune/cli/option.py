@@ -47,6 +47,9 @@ def options_of(config: type) -> list[Option]:
     hints = typing.get_type_hints(config)
     found = []
     for name, field in user_options(config).items():
+        if field.metadata.get("is_result"):
+            # The method writes it; a file carries it.
+            continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         text = " ".join(str(field.metadata.get("help", "")).split())
         shown = None if default is dataclasses.MISSING else default
@@ -61,7 +64,7 @@ def run_options(config: type, *, without: Iterable[str] = ()) -> list[Option]:
         Option(
             name,
             type_name(field.annotation),
-            None if field.is_required() else field.get_default(),
+            None if field.is_required() or field.default_factory else field.default,
             field.description or "",
             field.annotation,
         )
