@@ -159,7 +159,8 @@ def _train(config: RunConfig, trainer: LeanTrainer, report: Report) -> str:
         report.stop()
     if trainer.state.global_step == 0:
         raise RunError(describe(str(config.out), "no step was taken", "at least one", "check epochs and the data"))
-    return "interrupted" if trainer.state.global_step < trainer.state.max_steps else "complete"
+    # A method's own callback may end training early, and that run is complete.
+    return "interrupted" if interrupt.requested and trainer.state.global_step < trainer.state.max_steps else "complete"
 
 
 def _save_result(config: RunConfig, base: BaseModel, model: Any, summary: dict[str, Any]) -> None:
