@@ -55,8 +55,8 @@ test: $(STAMP)
 	@$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(STAMP)
-	@$(BIN)/ruff format --check --quiet . || { echo "not formatted; run .venv/bin/ruff format"; exit 1; }
-	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --output-format concise .
+	@$(BIN)/ruff check --output-format concise .
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.padding import Padding
+from rich.table import Table
 from rich.text import Text
 
 from leantune.cli.command import console, one_command, printable, program, progress_bar, say
@@ -64,6 +65,9 @@ def demo(
     if config.model == embedded.EMBEDDED_NAME:
         embedded.ensure(say)
     run = fit(config)
+    if run.summary["status"] != "complete":
+        # Ctrl-C asked for an end, not for minutes of scoring.
+        raise typer.Exit(130)
     inputs = group_references(rows)
     _show_samples(screen, run, inputs[:: max(len(inputs) // _SHOWN, 1)][:_SHOWN])
     say(f"scoring {len(inputs)} test inputs, before and after")
@@ -71,7 +75,7 @@ def demo(
         found = compare(run, rows, metrics=["bleu"], max_new_tokens=_NEW_TOKENS, batch_size=_BATCH, progress=progress)
     note(run, data / "test.jsonl", found)
     _show_result(screen, run, found, time.perf_counter() - began)
-    _show_next(screen, run, inputs[0].row.prompt or "", data)
+    _show_next(screen, run, min((each.row.prompt or "" for each in inputs), key=len), data)
 
 
 def _in_checkout(path: str) -> Path:
@@ -96,9 +100,10 @@ def _show_samples(screen: Console, run: Run, inputs: list[Input]) -> None:
     for prompt, old, new in zip(prompts, before, after, strict=True):
         screen.print()
         screen.print(Text(prompt.removesuffix("\nSentence:"), style="cyan"))
-        for title, text, style in (("before", old, "dim"), ("after", new, "green")):
-            said = Text.assemble((f"{title:<8}", "bold"), (printable(" ".join(text.split())) or "(nothing)", style))
-            screen.print(Padding(said, (0, 0, 0, 2)))
+        said = {
+            title: printable(" ".join(text.split())) or "(nothing)" for title, text in (("before", old), ("after", new))
+        }
+        _print_pairs(screen, said, styles={"before": "dim", "after": "green"})
 
 
 def _show_result(screen: Console, run: Run, found: Comparison, seconds: float) -> None:
@@ -123,9 +128,15 @@ def _show_result(screen: Console, run: Run, found: Comparison, seconds: float) -
     if run.base is not None and run.base.note:
         lines["base model"] = run.base.note
     screen.print("\n[bold]What it bought[/]\n")
-    for title, text in lines.items():
-        emphasis = "bold green" if title == "BLEU after" else ""
-        screen.print(Padding(Text.assemble((f"{title:<13}", "cyan"), (text, emphasis)), (0, 0, 0, 2)))
+    _print_pairs(screen, lines, styles={"BLEU after": "bold green"})
+
+
+def _print_pairs(screen: Console, pairs: dict[str, str], styles: dict[str, str]) -> None:
+    """Titles left, texts right, aligned where they wrap."""
+    grid = Table.grid(padding=(0, 2))
+    for title, text in pairs.items():
+        grid.add_row(Text(title, style="cyan"), Text(text, style=styles.get(title, "")))
+    screen.print(Padding(grid, (0, 0, 0, 2)))
 
 
 def _show_next(screen: Console, run: Run, prompt: str, data: Path) -> None:
