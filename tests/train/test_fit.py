@@ -125,6 +125,19 @@ def test_s2ft_end_to_end(config: dict[str, Any]) -> None:
     assert torch.equal(logits_of(model), logits_of(run.model))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("method", ["s2ft", "lora"])
+def test_the_adapter_is_at_least_float32_over_any_base(config: dict[str, Any], dtype: str, method: str) -> None:
+    options = {"channels": 4, "target_modules": ["down_proj"]} if method == "s2ft" else LORA
+    run = fit(RunConfig(**{**config, "method": method, "method_options": options, "dtype": dtype}), progress=False)
+    wanted = torch.float64 if dtype == "float64" else torch.float32
+    assert {each.dtype for each in run.model.parameters() if each.requires_grad} == {wanted}
+    assert {each.dtype for each in run.model.parameters() if not each.requires_grad} == {getattr(torch, dtype)}
+    assert run.summary["last_loss"] < run.summary["first_loss"] * 1.2
+    _, model = Run.open(config["out"]).load()
+    assert torch.equal(logits_of(model), logits_of(run.model))
+
+
 def test_full_fine_tuning_leaves_a_whole_model(config: dict[str, Any]) -> None:
     run = fit(RunConfig(**{**config, "method": "full", "method_options": {}, "lr": 1e-3}), progress=False)
     assert not (config["out"] / "adapter").exists()

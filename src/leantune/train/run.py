@@ -136,6 +136,7 @@ def fit(config: RunConfig, *, progress: bool = True) -> Run:
     report.announce(summary, load_time_s=time.perf_counter() - began)
     status = _train(config, trainer, report)
     if examples.evaluation is not None and not trainer.evaluated_last_step:
+        report.say(f"evaluating on {len(examples.evaluation):,} rows")
         trainer.evaluate()
     summary |= {"status": status, **summaries.after(trainer), "time_s": time.perf_counter() - began}
 

@@ -150,6 +150,10 @@ def _enable_checkpointing(model: Any) -> None:
 def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -> LeanTrainer:
     """The trainer of a run."""
     plan = config.chosen_method.plan(model)
+    evaluation = None
+    if examples.evaluation is not None:
+        # The loss does not depend on their order, the padding does.
+        evaluation = sorted(examples.evaluation, key=lambda example: len(example["input_ids"]))
     return LeanTrainer(
         model,
         plan=plan,
@@ -158,7 +162,7 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
         group_by_length=config.group_by_length,
         args=_arguments(config),
         train_dataset=examples.train,
-        eval_dataset=examples.evaluation,
+        eval_dataset=evaluation,
         data_collator=collator_of(base, plan),
     )
 
