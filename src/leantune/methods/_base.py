@@ -325,7 +325,12 @@ class AdapterModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, but when nothing matches the error lists what is there."""
+        """As PEFT's, but when nothing matches the error lists what is there, and the bare base is what a start reads."""
+        merged = [layer for layer in self._layers() if layer.merged]
+        if merged:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
+            for layer in merged:
+                layer.unmerge()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except TargetError:
