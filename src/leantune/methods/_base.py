@@ -325,7 +325,7 @@ class AdapterModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, but when nothing matches the error lists what is there, and the bare base is what a start reads."""
+        """As PEFT's, but an error lists what is there when nothing matches, and a start reads the bare base."""
         merged = [layer for layer in self._layers() if layer.merged]
         if merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
