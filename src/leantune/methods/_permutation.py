@@ -47,6 +47,14 @@ def structure_layout(structure: Structure, order: Tensor, shapes: Mapping[str, t
     return layout
 
 
+def same_layout(one: Layout, other: Layout) -> bool:
+    """Whether both put every row and column in the same place."""
+    flat = [
+        {(path, axis): order for path, axes in each.items() for axis, order in axes.items()} for each in (one, other)
+    ]
+    return flat[0].keys() == flat[1].keys() and all(torch.equal(order, flat[1][key]) for key, order in flat[0].items())
+
+
 def reorder(module: nn.Module, axis: Axis, order: Tensor, *, transposed: bool) -> None:
     """Put the rows ("out", with the bias) or columns ("in") of a dense linear layer in ``order``, in place.
 

@@ -33,7 +33,7 @@ from leantune.methods import _selection as selecting
 from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, linear_features
 from leantune.methods._block import choose_block
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
-from leantune.methods._permutation import Layout, reorder
+from leantune.methods._permutation import Layout, reorder, same_layout
 from leantune.methods._registry import Method, register
 from leantune.methods.structure import HeadLayout, find_structures
 
@@ -314,15 +314,19 @@ class S2FTModel(AdapterModel):
 
     def _permute(self, layers: dict[str, nn.Module], layout: Layout) -> None:
         if self._layout():
-            raise TargetError(
-                describe(
-                    "permute", "this base is permuted for another adapter", "one permutation a base", "permute=False"
-                )
-            )
-        for path, axes in layout.items():
-            for axis, order in axes.items():
-                reorder(layers[path], axis, order, transposed=isinstance(layers[path], Conv1D))
-        self._layout().update(layout)
+            if same_layout(layout, self._layout()):
+                # A further adapter with the same choice, as a reference model's, finds the base as it needs it.
+                return
+            got = "this base is permuted for another adapter"
+        elif any(len(layer.s2ft_slice) for layer in self._layers() if isinstance(layer, S2FTLinear)):
+            got = "other adapters stand on this base, in its own order"
+        else:
+            for path, axes in layout.items():
+                for axis, order in axes.items():
+                    reorder(layers[path], axis, order, transposed=isinstance(layers[path], Conv1D))
+            self._layout().update(layout)
+            return
+        raise TargetError(describe("permute", got, "one permutation a base, before other adapters", "permute=False"))
 
     def _place(self, path: str, chosen: selecting.Slice) -> selecting.Slice:
         """Say where the chosen entries stand in the base's present layout, in the order in which they stand."""
