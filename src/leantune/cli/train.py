@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leantune.cli.command import one_command
+from leantune.cli.command import console, one_command, program
 from leantune.cli.option import options_of, run_options, with_options
 
 if TYPE_CHECKING:
@@ -93,11 +93,11 @@ def _method_of_recipe(word: str) -> str | None:
 
 
 def _say_what_next(folder: Path, config: RunConfig) -> None:
-    from leantune.cli.command import console
-
-    out = console()
-    out.print(f"\nRun folder: [bold]{folder}[/]\nNext:", soft_wrap=True)
-    out.print(f"  leantune generate {folder} --prompt '...'", soft_wrap=True)
-    out.print(f"  leantune eval {folder} --data {config.eval_data or 'FILE'}", soft_wrap=True)
-    if config.chosen_method.is_adapter:
-        out.print(f"  leantune export {folder} --format lora --out DIR", soft_wrap=True)
+    out, name = console(), program()
+    out.print("\nNext:")
+    for line in (
+        f"{name} generate {folder} --prompt '...'",
+        f"{name} eval {folder} --data {config.eval_data or 'FILE'}",
+        *([f"{name} export {folder} --format lora --out DIR"] if config.chosen_method.is_adapter else []),
+    ):
+        out.print("  " + line, markup=False, soft_wrap=True)
