@@ -20,7 +20,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c co
 EVERYTHING := -e '.[train,eval,dev]'
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-unexport PYTHONPATH PYTHONHOME
+unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 
 .PHONY: help install demo demo-full test check conformance docs clean
 
@@ -32,7 +32,7 @@ install: $(STAMP)
 # torch alone and first: nothing that follows may then choose another one.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.11")'
-	@test -x $(BIN)/python || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
+	@test -x $(BIN)/pip || { echo "Making .venv"; $(PYTHON) -m venv .venv; }
 	@echo "Installing $(TORCH)"
 	@$(call quietly,$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH))
 	@echo "Installing leantune and what it needs"
