@@ -1,0 +1,101 @@
+"""What PEFT's tests are run on: for each method, the toy models and options that take the place of PEFT's own lists.
+
+Every registered adapter method gets the general cases; ``OWN`` adds what one method alone can be asked. A method
+is tested without an entry here, as long as its config understands ``target_modules``, ``modules_to_save`` and
+``init_weights``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of PEFT's ``TEST_CASES``: a toy model of its test file, and the options of the config."""
+
+    title: str
+    model: str
+    options: Options
+
+
+@dataclass(frozen=True)
+class Own:
+    """What is particular to one method.
+
+    Attributes:
+        cases: rows beside the general ones.
+        options: options without which the method makes no sense on layers of 10 inputs and 2 outputs.
+        not_identity: the options by which the adapter changes the output from the start.
+        second: options by which a second adapter of a mixed batch differs from the first.
+        language_model: options for PEFT's decoder tests, each on every model of ``plugin.DECODERS``.
+        indexes_layers: the config has ``layers_to_transform`` and ``layers_pattern``.
+    """
+
+    cases: tuple[Case, ...] = ()
+    options: Options = field(default_factory=dict)
+    not_identity: Options = field(default_factory=lambda: {"init_weights": False})
+    second: Options = field(default_factory=dict)
+    language_model: tuple[Options, ...] = ({"target_modules": None},)
+    indexes_layers: bool = True
+
+
+GENERAL = (
+    Case("MLP, one name", "MLP", {"target_modules": "lin0"}),
+    Case("MLP, first layer", "MLP", {"target_modules": ["lin0"]}),
+    Case("MLP, last layer", "MLP", {"target_modules": ["lin1"]}),
+    Case("MLP, both layers", "MLP", {"target_modules": ["lin0", "lin1"]}),
+    Case("MLP, pattern", "MLP", {"target_modules": r"lin\d"}),
+    Case("MLP, one excluded", "MLP", {"target_modules": ["lin0", "lin1"], "exclude_modules": ["lin1"]}),
+    Case("MLP, a module to save", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    Case("MLP with norms", "MLP_LayerNorm", {"target_modules": ["lin0", "lin1"]}),
+    Case("MLP with norms, one saved", "MLP_LayerNorm", {"target_modules": ["lin0"], "modules_to_save": ["layernorm1"]}),
+    Case("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}),
+    Case("Conv1D and linear", "EmbConv1D", {"target_modules": ["conv1d", "lin0"]}),
+    Case("Conv1D, a module to save", "EmbConv1D", {"target_modules": ["conv1d"], "modules_to_save": ["lin0"]}),
+)
+"""Linear layers and transformers' Conv1D: what a language model is made of. Convolutions and embeddings are not."""
+
+OWN: Mapping[str, Own] = {
+    "lora": Own(
+        not_identity={"init_lora_weights": False},
+        second={"r": 16},
+        cases=(Case("MLP, scaled", "MLP", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),),
+    ),
+    "s2ft": Own(
+        # The default share is one channel of such a layer, and behind a ReLU a few channels may all be dead.
+        options={"ratio": 0.5},
+        second={"seed": 1},
+        cases=(
+            Case("MLP, by weight", "MLP", {"target_modules": ["lin0", "lin1"], "selection": "weight"}),
+            Case(
+                "MLP, smallest, apart",
+                "MLP",
+                {
+                    "target_modules": ["lin0", "lin1"],
+                    "selection": "weight",
+                    "order": "smallest",
+                    "coupling": "independent",
+                },
+            ),
+            Case("MLP, all channels", "MLP", {"target_modules": ["lin0", "lin1"], "ratio": 1.0}),
+            Case("MLP, counted", "MLP", {"target_modules": ["lin0", "lin1"], "ratio": None, "channels": 4}),
+            Case("MLP, as LoRA", "MLP", {"target_modules": ["lin0"], "ratio": None, "match_lora_rank": 2}),
+            Case("MLP, permuted", "MLP", {"target_modules": ["lin0", "lin1"], "permute": True}),
+            Case("Conv1D, by weight", "EmbConv1D", {"target_modules": ["conv1d"], "selection": "weight"}),
+        ),
+        language_model=(
+            {"target_modules": None, "ratio": 0.02},
+            {"target_modules": None, "ratio": 0.1, "selection": "weight", "coupling": "independent"},
+        ),
+    ),
+}
+
+
+def of(method: str) -> Own:
+    """What is particular to the method, or nothing."""
+    return OWN.get(method, Own())
