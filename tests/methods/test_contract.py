@@ -15,12 +15,8 @@ from leantune.testing.closeness import assert_same
 from leantune.testing.file import load_in_a_fresh_process, run_fresh_process, write_fresh_case
 from leantune.testing.subject import points
 
-pytestmark = [
-    # 2026-11-23: PEFT 0.21.2 asks transformers 5.23 by a name that is on its way out.
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-    # 2026-11-23: stock LoRA says that it sets fan_in_fan_out for Conv1D by itself.
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning"),
-]
+# 2026-11-23: stock LoRA says that it sets fan_in_fan_out for Conv1D by itself.
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
 
 # Options beside a method's toy ones, under which the whole contract must hold too.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

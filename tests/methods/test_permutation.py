@@ -20,9 +20,6 @@ from leantune.methods._permutation import unit_order
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import gradients, layers_of, no_grad_logits, objective, own_layers, start
 
-# 2026-11-23: PEFT 0.21.2 asks transformers 5.23 by a name that is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 
 def wrap(base: nn.Module, permute: bool = True, **options: Any) -> Any:
     # Two key/value groups of the grouped-query models: query heads alone would be chosen otherwise than by group.

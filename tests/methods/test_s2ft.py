@@ -18,9 +18,6 @@ from leantune.methods.s2ft import S2FTLinear
 from leantune.testing.closeness import assert_close, assert_differs, assert_same
 from leantune.testing.subject import gradients, layers_of, no_grad_logits, objective, own_layers, start, trained
 
-# 2026-11-23: PEFT 0.21.2 asks transformers 5.23 by a name that is on its way out.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
-
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma")
 
 
