@@ -346,6 +346,19 @@ class AdapterModel(BaseTuner):
                 describe("target_modules", str(error), "names of linear modules", self._what_is_there() + near)
             ) from error
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT's: ``autocast_adapter_dtype=False`` is a wish for the base's dtype, which ours otherwise exceeds."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self._layers():
+            dtype = layer.weight.dtype
+            # A quantised base has no such dtype to follow.
+            for container in layer.adapter_layer_names if dtype in (torch.float16, torch.bfloat16) else ():
+                entry = getattr(layer, container)
+                if adapter_name in entry:
+                    entry[adapter_name].to(dtype)
+
     def _linear_names(self) -> list[str]:
         return sorted({name.rpartition(".")[2] for name, module in self._linears()})
 
@@ -422,7 +435,8 @@ class AdapterModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         # Beam search repeats each row; an encoder still sees it once.
         repeated = [name for name in names for _ in range(beams)]
-        encoder = self.model.get_encoder() if getattr(self.model.config, "is_encoder_decoder", False) else None
+        model_config = getattr(self.model, "config", None)
+        encoder = self.model.get_encoder() if getattr(model_config, "is_encoder_decoder", False) else None
         in_encoder = set(encoder.modules()) if encoder is not None else set()
         handles = []
         for module in self.modules():

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from leantune.core.errors import TargetError, describe
 from leantune.kernels.partial_linear import Axis
-from leantune.methods._selection import entries
+from leantune.methods._selection import Slice, entries
 from leantune.methods.structure import Structure
 
 Layout = dict[str, dict[Axis, Tensor]]
@@ -55,7 +56,7 @@ def same_layout(one: Layout, other: Layout) -> bool:
     return flat[0].keys() == flat[1].keys() and all(torch.equal(order, flat[1][key]) for key, order in flat[0].items())
 
 
-def reorder(module: nn.Module, axis: Axis, order: Tensor, *, transposed: bool) -> None:
+def reorder(module: nn.Module, axis: Axis, order: Tensor) -> None:
     """Put the rows ("out", with the bias) or columns ("in") of a dense linear layer in ``order``, in place.
 
     Raises:
@@ -69,7 +70,63 @@ def reorder(module: nn.Module, axis: Axis, order: Tensor, *, transposed: bool) -
     dim = 1 if axis == "in" else 0
     order = order.to(weight.device)
     with torch.no_grad():
-        weight.copy_(weight.index_select(1 - dim if transposed else dim, order))
+        weight.copy_(weight.index_select(1 - dim if isinstance(module, Conv1D) else dim, order))
         bias = getattr(module, "bias", None)
         if axis == "out" and isinstance(bias, Tensor):
             bias.copy_(bias.index_select(0, order))
+
+
+class BasePermutation:
+    """The order in which the rows and columns of one base model stand now; at first the checkpoint's."""
+
+    def __init__(self) -> None:
+        self.layout: Layout = {}
+
+    def apply(self, layers: Mapping[str, nn.Module], layout: Layout, *, occupied: bool) -> None:
+        """Permute the base.
+
+        Args:
+            layers: path -> base layer.
+            layout: the wanted order.
+            occupied: other adapters stand on this base already, and count on its order.
+
+        Raises:
+            TargetError: the base is permuted otherwise, or occupied; nothing has been changed.
+        """
+        if self.layout and same_layout(layout, self.layout):
+            # A further adapter with the same choice, as a reference model's, finds the base as it needs it.
+            return
+        if self.layout or occupied:
+            permuted = "this base is permuted for another adapter"
+            got = permuted if self.layout else "other adapters stand on this base, in its own order"
+            raise TargetError(
+                describe("permute", got, "one permutation a base, before other adapters", "permute=False")
+            )
+        for path, axes in layout.items():
+            for axis, order in axes.items():
+                reorder(layers[path], axis, order)
+        self.layout = layout
+
+    def undo(self, model: nn.Module) -> None:
+        """Put the base's layers back into the checkpoint's order, bit for bit."""
+        for path, axes in self.layout.items():
+            for axis, order in axes.items():
+                reorder(model.get_submodule(path), axis, order.argsort())
+        self.layout = {}
+
+    def original(self, path: str, weight: Tensor) -> Tensor:
+        """The weight ``(out, in)`` of the layer at ``path`` in the checkpoint's order."""
+        for axis, order in self.layout.get(path, {}).items():
+            weight = weight.index_select(1 if axis == "in" else 0, order.argsort().to(weight.device))
+        return weight
+
+    def place(self, path: str, chosen: Slice) -> Slice:
+        """Say where the chosen entries stand now, and list them in that order."""
+        order = self.layout.get(path, {}).get(chosen.axis)
+        if order is None:
+            return chosen
+        position, by_position = order.argsort()[chosen.index].sort()
+        index = chosen.index[by_position]
+        first, last = int(position[0]), int(position[-1])
+        is_run = last - first + 1 == position.numel()
+        return Slice(chosen.axis, index, slice(first, last + 1) if is_run else position)

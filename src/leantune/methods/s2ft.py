@@ -18,22 +18,20 @@ The authors' code draws units over all layers at once, so some layers may get no
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from leantune.core.errors import AdapterError, ConfigError, TargetError, describe, did_you_mean, raise_all
 from leantune.kernels.partial_linear import Axis, add_slice, partial_linear
 from leantune.methods import _selection as selecting
 from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, linear_features
-from leantune.methods._block import choose_block
+from leantune.methods._choice import choose
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
-from leantune.methods._permutation import Layout, reorder, same_layout
+from leantune.methods._permutation import BasePermutation
 from leantune.methods._registry import Method, register
 from leantune.methods.structure import HeadLayout, find_structures
 
@@ -254,9 +252,10 @@ class S2FTModel(AdapterModel):
         chosen = self._chosen.get(path)
         return None if chosen is None else {"chosen": chosen}
 
-    def _layout(self) -> Layout:
-        """The order in which the base's rows and columns stand; empty as long as nothing is permuted."""
-        return cast(Layout, self.__dict__.setdefault("_base_layout", {}))
+    @property
+    def permutation(self) -> BasePermutation:
+        """The order in which the base's rows and columns stand."""
+        return cast(BasePermutation, self.__dict__.setdefault("_permutation", BasePermutation()))
 
     def _choose(self, config: S2FTConfig) -> dict[str, selecting.Slice]:
         layers = dict(self._linears())
@@ -265,40 +264,15 @@ class S2FTModel(AdapterModel):
             width_in, out = linear_features(layer)
             shapes[path] = (out, width_in)
         targets = {path for path in shapes if self._check_target_module_exists(config, path)}
-        structures = find_structures(shapes, HeadLayout.of(getattr(self.model, "config", None)))
 
-        # A choice by weight reads the weights in the checkpoint's layout, dequantised where needed, one at a time.
+        # A choice by weight reads the weights in the checkpoint's order, dequantised where needed, one at a time.
         def weight_of(path: str) -> Tensor:
-            weight = S2FTLinear(layers[path], "probe").dense_weight()
-            for axis, order in self._layout().get(path, {}).items():
-                weight = weight.index_select(1 if axis == "in" else 0, order.argsort().to(weight.device))
-            return weight
+            return self.permutation.original(path, S2FTLinear(layers[path], "probe").dense_weight())
 
-        slices: dict[str, list[selecting.Slice]] = {}
-        layout: Layout = {}
-        by_block = sorted(structures, key=lambda each: each.block)
-        for _, group in itertools.groupby(by_block, key=lambda each: each.block):
-            block = choose_block(list(group), targets, config, shapes, weight_of)
-            layout.update(block.layout)
-            for path, chosen in block.slices:
-                slices.setdefault(path, []).append(chosen)
-        joined = {
-            path: selecting.Slice(many[0].axis, torch.cat([each.index for each in many]).sort().values)
-            for path, many in slices.items()
-        }
-        self._note_achieved(config, joined, targets, shapes)
-        if config.permute:
-            self._permute(layers, layout)
-        return {path: self._place(path, each) for path, each in joined.items()}
-
-    def _note_achieved(
-        self,
-        config: S2FTConfig,
-        chosen: dict[str, selecting.Slice],
-        targets: set[str],
-        shapes: dict[str, tuple[int, int]],
-    ) -> None:
-        if targets and not chosen:
+        heads = HeadLayout.of(getattr(self.model, "config", None))
+        choice = choose(targets, config, shapes, heads, weight_of)
+        slices = choice.slices()
+        if targets and not slices:
             raise TargetError(
                 describe(
                     "S2FTConfig",
@@ -308,36 +282,13 @@ class S2FTModel(AdapterModel):
                     "set channels for feed-forward or plain layers, heads for attention",
                 )
             )
-        trained = sum(each.index.numel() * shapes[path][each.axis == "out"] for path, each in chosen.items())
+        trained = sum(each.index.numel() * shapes[path][each.axis == "out"] for path, each in slices.items())
         total = sum(shapes[path][0] * shapes[path][1] for path in targets)
         config.achieved_ratio = trained / total if total else None
-
-    def _permute(self, layers: dict[str, nn.Module], layout: Layout) -> None:
-        if self._layout():
-            if same_layout(layout, self._layout()):
-                # A further adapter with the same choice, as a reference model's, finds the base as it needs it.
-                return
-            got = "this base is permuted for another adapter"
-        elif any(len(layer.s2ft_slice) for layer in self._layers() if isinstance(layer, S2FTLinear)):
-            got = "other adapters stand on this base, in its own order"
-        else:
-            for path, axes in layout.items():
-                for axis, order in axes.items():
-                    reorder(layers[path], axis, order, transposed=isinstance(layers[path], Conv1D))
-            self._layout().update(layout)
-            return
-        raise TargetError(describe("permute", got, "one permutation a base, before other adapters", "permute=False"))
-
-    def _place(self, path: str, chosen: selecting.Slice) -> selecting.Slice:
-        """Say where the chosen entries stand in the base's present layout, in the order in which they stand."""
-        order = self._layout().get(path, {}).get(chosen.axis)
-        if order is None:
-            return chosen
-        position, by_position = order.argsort()[chosen.index].sort()
-        index = chosen.index[by_position]
-        first, last = int(position[0]), int(position[-1])
-        is_run = last - first + 1 == position.numel()
-        return selecting.Slice(chosen.axis, index, slice(first, last + 1) if is_run else position)
+        if config.permute:
+            occupied = any(layer._get_available_adapters() for layer in self._layers())
+            self.permutation.apply(layers, choice.layout, occupied=occupied)
+        return {path: self.permutation.place(path, each) for path, each in slices.items()}
 
     def _unload_and_optionally_merge(
         self,
@@ -349,11 +300,7 @@ class S2FTModel(AdapterModel):
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-        for path, axes in self._layout().items():
-            for axis, order in axes.items():
-                module = self.model.get_submodule(path)
-                reorder(module, axis, order.argsort(), transposed=isinstance(module, Conv1D))
-        self._layout().clear()
+        self.permutation.undo(self.model)
         return model
 
 
@@ -377,6 +324,6 @@ register(
         trainable_parameters=_trainable_parameters,
         apply=_apply,
         default_learning_rate=2e-3,
-        toy_options={"channels": 3},
+        toy_options={"heads": 1, "channels": 3},
     )
 )

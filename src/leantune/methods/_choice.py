@@ -1,7 +1,8 @@
-"""The choice of one block: which entries of which of its modules train, and in which order the block would stand."""
+"""The choice of a model, block by block: which entries of which modules train, and in which order they would stand."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,32 +12,56 @@ from torch import Tensor
 
 from leantune.methods import _selection as selecting
 from leantune.methods._permutation import Layout, structure_layout, unit_order
-from leantune.methods.structure import Structure
+from leantune.methods.structure import HeadLayout, Structure, find_structures
 
 
 @dataclass
-class BlockChoice:
-    """What one block trains.
+class Choice:
+    """What trains.
 
     Attributes:
-        slices: module path and slice; a fused layer comes once for each of its parts.
+        index: module path -> chosen entries, in pieces; a fused layer has one for each of its parts.
         layout: the order of rows and columns that puts the chosen units first; empty unless it was asked for.
     """
 
-    slices: list[tuple[str, selecting.Slice]] = field(default_factory=list)
+    index: dict[str, list[selecting.Slice]] = field(default_factory=dict)
     layout: Layout = field(default_factory=dict)
 
+    def slices(self) -> dict[str, selecting.Slice]:
+        """Module path -> its slice, entries sorted."""
+        return {
+            path: selecting.Slice(pieces[0].axis, torch.cat([piece.index for piece in pieces]).sort().values)
+            for path, pieces in self.index.items()
+        }
 
-def choose_block(
+
+def choose(
+    targets: set[str],
+    config: Any,
+    shapes: Mapping[str, tuple[int, int]],
+    heads: HeadLayout | None,
+    weight_of: Callable[[str], Tensor],
+) -> Choice:
+    """Choose heads and channels of every block; arguments as :func:`_choose_block`, ``heads`` from the config."""
+    choice = Choice()
+    structures = sorted(find_structures(shapes, heads), key=lambda each: each.block)
+    for _, block in itertools.groupby(structures, key=lambda each: each.block):
+        _choose_block(choice, list(block), targets, config, shapes, weight_of)
+    return choice
+
+
+def _choose_block(
+    choice: Choice,
     structures: list[Structure],
     targets: set[str],
     config: Any,
     shapes: Mapping[str, tuple[int, int]],
     weight_of: Callable[[str], Tensor],
-) -> BlockChoice:
-    """Choose heads and channels of one block.
+) -> None:
+    """Add the heads and channels of one block to the choice.
 
     Args:
+        choice: of the blocks before.
         structures: all structures of the block, with all their parts.
         targets: paths of the modules that train.
         config: budget, selection, order, coupling, seed and permute are read.
@@ -46,7 +71,6 @@ def choose_block(
     narrowed = {each.kind: selecting.targeted(each, targets, whole_groups=config.permute) for each in structures}
     halves = {kind: selecting.sides(each, config.coupling) for kind, each in narrowed.items() if each.parts}
     counts = _counts(narrowed, halves, config, shapes)
-    block = BlockChoice()
     for structure in structures:
         by_side: dict[str, Tensor] = {}
         for side, half in halves.get(structure.kind, {}).items():
@@ -65,14 +89,13 @@ def choose_block(
             by_side[side] = chosen
             for part in half.parts:
                 index = selecting.entries(part, chosen, half.choices)
-                block.slices.append((part.module, selecting.Slice(part.axis, index)))
+                choice.index.setdefault(part.module, []).append(selecting.Slice(part.axis, index))
         if config.permute and by_side and structure.kind != "plain":
             nothing = torch.empty(0, dtype=torch.int64)
             both = by_side.get("both", nothing)
             inward, outward = by_side.get("inward", both), by_side.get("outward", both)
             order = unit_order(inward, outward, structure.choices)
-            block.layout.update(structure_layout(structure, order, shapes))
-    return block
+            choice.layout.update(structure_layout(structure, order, shapes))
 
 
 def _counts(
