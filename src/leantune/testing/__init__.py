@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from leantune import methods
@@ -48,6 +49,13 @@ def subject(config: type | str, family: str = "llama", **options: Any) -> Subjec
     )
 
 
+def _where(check: Check, error: Exception) -> str:
+    """File and line of the check's own code that failed, not of what it called."""
+    file_name = check.__code__.co_filename
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file_name]
+    return f"{Path(file_name).name}:{frames[-1].lineno}" if frames else check.__name__
+
+
 def check_method(config: type | str, *, families: Iterable[str] = FAMILIES, **options: Any) -> dict[str, str]:
     """Run the whole contract on a registered method.
 
@@ -73,8 +81,7 @@ def check_method(config: type | str, *, families: Iterable[str] = FAMILIES, **op
             except NotApplicable as fact:
                 results[title] = f"does not apply: {fact}"
             except Exception as error:
-                last = traceback.extract_tb(error.__traceback__)[-1]
-                failures.append(f"  - {title}: {type(error).__name__}: {error} ({last.filename}:{last.lineno})")
+                failures.append(f"  - {title}: {type(error).__name__}: {error} ({_where(check, error)})")
             else:
                 results[title] = "passed"
     if failures:
