@@ -8,7 +8,7 @@
 #   make clean         remove .venv and everything built
 
 PYTHON ?= python3
-# On Linux, plain pip brings a torch with CUDA. For a small one: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# On Linux, plain pip brings a torch with CUDA. For a small one, name PyTorch's index of CPU builds: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 ARGS ?=
 
