@@ -4,6 +4,7 @@
 #   make test          the test suite
 #   make check         format, lint, types, architecture
 #   make conformance   PEFT's own tests on our methods
+#   make mutants       faults planted in the code: the tests must find each
 #   make docs          docs/reference.md from the texts in the code
 #   make clean         remove .venv and everything built
 
@@ -11,6 +12,7 @@ PYTHON ?= python3
 # On Linux, plain pip brings a torch with CUDA. For a small one, name PyTorch's index of CPU builds: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 ARGS ?=
+JOBS ?= 2
 
 SHELL := /bin/bash
 BIN := .venv/bin
@@ -22,7 +24,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 
-.PHONY: help install demo demo-full test check conformance docs clean
+.PHONY: help install demo demo-full test check conformance mutants docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -51,8 +53,9 @@ demo: $(STAMP)
 demo-full: $(STAMP)
 	@$(BIN)/leantune demo --full $(ARGS)
 
+# One thread a process: two processes of two threads each would wait for each other.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --output-format concise .
@@ -63,6 +66,9 @@ check: $(STAMP)
 # Fetches PEFT's source distribution at the installed version; nothing of it is kept in the repository.
 conformance: $(STAMP)
 	@$(BIN)/python tests/conformance/run.py $(ARGS)
+
+mutants: $(STAMP)
+	@$(BIN)/python tests/mutants/run.py $(ARGS)
 
 docs: $(STAMP)
 	@$(BIN)/python docs/reference.py

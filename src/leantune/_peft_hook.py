@@ -50,7 +50,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec("peft")
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)  # type: ignore[arg-type]
+            spec.loader = _Loader(spec.loader)
         return spec
 
 

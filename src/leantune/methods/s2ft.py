@@ -86,7 +86,8 @@ class S2FTConfig(AdapterConfig):
         },
     )
     achieved_ratio: float | None = field(
-        default=None, metadata={"help": "Set by Leantune: the share of the targeted weights that trains.", "is_result": True}
+        default=None,
+        metadata={"help": "Set by Leantune: the share of the targeted weights that trains.", "is_result": True},
     )
 
     def __post_init__(self) -> None:
