@@ -139,6 +139,9 @@ class Conformance:
         parameters = getattr(item, "callspec", None)
         if parameters is None or any(name in item.name for name in DOWNLOADS):
             return False
+        given = parameters.params.get("config_kwargs", {})
+        if any(given.get(option) and item.name.startswith(f"{test}[") for option, test in self.own.contradicted):
+            return False
         return any(value is self.config or type(value) is self.config for value in parameters.params.values())
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
