@@ -358,9 +358,6 @@ def _advice(modules: list[tuple[str, Any]], rank: int, lora_bytes: int, native_b
     wide = sum(rank > min(shape) / 2 for shape in shapes)
     if wide:
         parts.append(f"in {wide} of {len(shapes)} modules the rank is above half of the full rank")
-    dense_bytes = sum(out * into for out, into in shapes) * 2
-    if lora_bytes > dense_bytes:
-        parts.append(f"its {lora_bytes:,} bytes are more than the changed weights themselves in bfloat16")
     if parts:
         return "merging is wiser: " + "; ".join(parts)
     if lora_bytes > 4 * native_bytes:

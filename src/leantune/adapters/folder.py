@@ -28,6 +28,7 @@ from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_
 if TYPE_CHECKING:
     from leantune.models import BaseModel
 
+
 def save(
     model: PeftModel,
     folder: str | Path,
@@ -267,9 +268,9 @@ def _wrap(model: nn.Module, config: PeftConfig, adapter_name: str, path: Path) -
             return model
         wrapper = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type or ""), PeftModel)
         return wrapper(model, config, adapter_name)
-    except LeantuneError as error:
-        raise error if isinstance(error, AdapterError) else AdapterError(f"{path}: {error}") from error
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except AdapterError:
+        raise
+    except (LeantuneError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise AdapterError(
             describe(
                 str(path),

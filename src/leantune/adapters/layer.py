@@ -114,11 +114,7 @@ def lora_factors(path: str, layer: Any, adapter_name: str) -> tuple[Tensor, Tens
         return B.detach(), A.detach()
     if isinstance(layer, LoraLinear) and adapter_name in layer.lora_A:
         _refuse_lora_variant(path, layer, adapter_name)
-        A = layer.lora_A[adapter_name].weight.detach()
-        B = layer.lora_B[adapter_name].weight.detach()
-        # Reduced precision is widened first: folding the scaling into bfloat16 factors would round them again.
-        wide = torch.promote_types(A.dtype, torch.float32)
-        return B.to(wide) * layer.scaling[adapter_name], A.to(wide)
+        return _stock_factors(layer, adapter_name)
     raise AdapterError(
         describe(
             f"module {path}",
@@ -127,6 +123,14 @@ def lora_factors(path: str, layer: Any, adapter_name: str) -> tuple[Tensor, Tens
             "merge the adapter into the base instead (leantune merge)",
         )
     )
+
+
+def _stock_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    A: Tensor = layer.lora_A[adapter_name].weight.detach()
+    B: Tensor = layer.lora_B[adapter_name].weight.detach()
+    # Reduced precision is widened first: folding the scaling into bfloat16 factors would round them again.
+    wide = torch.promote_types(A.dtype, torch.float32)
+    return B.to(wide) * layer.scaling[adapter_name], A.to(wide)
 
 
 def _refuse_lora_variant(path: str, layer: LoraLayer, adapter_name: str) -> None:

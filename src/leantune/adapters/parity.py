@@ -273,8 +273,9 @@ class _Sums:
         if native.shape != other.shape:
             got = f"{tuple(other.shape)} from the exported model"
             raise ParityError(describe("logits", got, f"{tuple(native.shape)}", "check the base model"))
-        rows = [logits.reshape(-1, logits.shape[-1]).split(64) for logits in (native, other, base) if logits is not None]
-        for block in zip(*rows, strict=True):
+        answers = [native, other] if base is None else [native, other, base]
+        # In blocks of rows: float64 copies of a whole prompt's logits would be the largest thing in memory.
+        for block in zip(*(logits.reshape(-1, logits.shape[-1]).split(64) for logits in answers), strict=True):
             self._add_rows(*(logits.double() for logits in block))
 
     def _add_rows(self, native: Tensor, other: Tensor, base: Tensor | None = None) -> None:

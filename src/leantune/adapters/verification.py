@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -45,18 +44,20 @@ def read_config(folder: Path) -> PeftConfig:
             describe(str(path), f"not JSON ({error})", "the adapter's config", "copy the folder again")
         ) from error
     peft_type = value.get("peft_type") if isinstance(value, dict) else None
-    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = [str(getattr(name, "value", name)) for name in PEFT_TYPE_TO_CONFIG_MAPPING]
+    if not isinstance(peft_type, str):
+        raise AdapterError(describe(str(path), "no peft_type", "the name of a method", "copy the folder again"))
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except KeyError as error:
+        known = [member.value for member in PeftType]
         raise AdapterError(
             describe(
                 str(path),
                 f"peft_type {peft_type!r} is a method that nothing here knows",
-                did_you_mean(str(peft_type).upper(), known),
+                did_you_mean(peft_type.upper(), known),
                 "import the package that registers it, or update leantune and peft",
             )
-        )
-    try:
-        return PeftConfig.from_pretrained(str(folder))
+        ) from error
     except (TypeError, ValueError, LeantuneError) as error:
         raise AdapterError(describe(str(path), str(error), f"a config of {peft_type}", "mend that field")) from error
 
@@ -128,7 +129,7 @@ def _shape_problems(
     if not wrong:
         return []
     config = model.peft_config[adapter_name]
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+    tuner: Any = model.base_model
     # PEFT's own renaming, with keys in the place of values: model key -> key in the file.
     names = tuner._remap_adapter_state_dict_for_load(
         model=model, config=config, adapter_name=adapter_name, state_dict={key: key for key in found}
