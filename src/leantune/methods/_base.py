@@ -7,6 +7,7 @@ is turned at the edge, here.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -251,8 +252,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(updated).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self.quantization_backend is not None:
-            # Requantising cannot be undone by arithmetic: the quantised parameter itself is what is kept.
-            self._overwritten.append((self.get_base_layer().weight, None, None))
+            # Requantising cannot be undone by arithmetic: the quantised parameter itself is what is kept, and the
+            # state in which bitsandbytes' 8-bit layers hold its scales.
+            base = self.get_base_layer()
+            self._overwritten.append(((base.weight, copy.copy(getattr(base, "state", None))), None, None))
             self.set_base_weight(updated if dim is None or index is None else weight.index_copy(dim, index, updated))
             return
         # A buffer, so that it follows the model to another device; not persistent: no file needs it.
@@ -276,7 +279,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             while self._overwritten:
                 kept, dim, index = self._overwritten.pop()
                 if self.quantization_backend is not None:
-                    self.get_base_layer().weight = kept
+                    base = self.get_base_layer()
+                    base.weight, state = kept
+                    if state is not None:
+                        base.state = state
                     continue
                 original = cast(Tensor, getattr(self, kept))
                 weight = self.get_base_weight()
