@@ -188,7 +188,7 @@ def evaluate(
     *,
     task: str = "causal-lm",
     max_new_tokens: int = 48,
-    batch_size: int = 16,
+    batch_size: int = 32,
     max_length: int | None = None,
     metrics: Sequence[str] | None = None,
     stop: str | Sequence[str] | None = None,

@@ -54,11 +54,6 @@ def _check_room(model: Any, prompts: list[list[int]], max_new_tokens: int) -> No
         )
 
 
-def _cut(text: str, stop: Sequence[str]) -> str:
-    """The text before the first stop string."""
-    return text[: min((text.find(mark) for mark in stop if mark in text), default=len(text))]
-
-
 class _Decoder:
     """Continues one batch of prompts at a time, letting rows that have ended leave early."""
 
@@ -84,24 +79,27 @@ class _Decoder:
             **self.sampling,
         )
 
-    def text(self, ids: list[int]) -> str:
+    def _text(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def _until_end(self, ids: list[int]) -> tuple[list[int], bool]:
-        """The ids before the first that ends a text, and whether there was one or a stop string."""
-        for position, token in enumerate(ids):
-            if token in self.ends:
-                return ids[:position], True
-        return ids, bool(self.stop) and any(mark in self.text(ids) for mark in self.stop)
+    def _new_text(self, prompt: list[int], new: list[int]) -> tuple[str, bool]:
+        """The text of new ids, and whether it has ended: at a token that ends a text, or before a stop string."""
+        ends = [position for position, token in enumerate(new) if token in self.ends]
+        kept = new[: ends[0]] if ends else new
+        # Decoded behind the prompt: some tokenizers drop the space before the first token they are given.
+        before = self._text(prompt)
+        text = self._text(prompt + kept)[len(before) :]
+        marks = [place for mark in self.stop if (place := text.find(mark)) >= 0]
+        return text[: min(marks, default=len(text))], bool(ends or marks)
 
-    def __call__(self, prompts: list[list[int]]) -> list[list[int]]:
-        """New token ids of each prompt."""
+    def __call__(self, prompts: list[list[int]]) -> list[str]:
+        """The new text of each prompt."""
         width = max(len(prompt) for prompt in prompts)
         padded = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
         seen = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         tokens = torch.tensor(padded, device=self.device)
         mask = torch.tensor(seen, device=self.device)
-        found: list[list[int]] = [[] for _ in prompts]
+        texts = [""] * len(prompts)
         live, cache = list(range(len(prompts))), None
         while live and (made := tokens.shape[1] - width) < self.max_new_tokens:
             config = self._config(min(_STRETCH_TOKENS, self.max_new_tokens - made))
@@ -111,7 +109,7 @@ class _Decoder:
             cache = result.past_key_values
             ended = []
             for place, index in enumerate(live):
-                found[index], is_done = self._until_end(result.sequences[place, width:].tolist())
+                texts[index], is_done = self._new_text(prompts[index], result.sequences[place, width:].tolist())
                 ended.append(is_done)
             keep = [place for place, is_done in enumerate(ended) if not is_done]
             tokens = result.sequences[keep]
@@ -119,7 +117,7 @@ class _Decoder:
             if keep and len(keep) < len(live):
                 cache.batch_select_indices(torch.tensor(keep, device=self.device))
             live = [live[place] for place in keep]
-        return found
+        return texts
 
 
 def generate(
@@ -128,7 +126,7 @@ def generate(
     prompts: Sequence[str] | Sequence[list[int]],
     *,
     max_new_tokens: int = 48,
-    batch_size: int = 16,
+    batch_size: int = 32,
     stop: str | Sequence[str] | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
@@ -175,8 +173,8 @@ def generate(
     with evaluating(model), _own_settings(model), _seeded(seed):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            for index, new in zip(chosen, decode([ids[index] for index in chosen]), strict=True):
-                texts[index] = _cut(decode.text(new), marks)
+            for index, text in zip(chosen, decode([ids[index] for index in chosen]), strict=True):
+                texts[index] = text
             if progress is not None:
                 progress("generate", start + len(chosen), len(order))
     return texts
