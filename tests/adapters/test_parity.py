@@ -191,8 +191,6 @@ def test_a_scale_that_a_reader_takes_otherwise_fails(
 ) -> None:
     leantune.convert_to_lora(s2ft("gpt2"), tmp_path / "lora")
     exported = parity.Exported(str(base_folders["gpt2"]), str(tmp_path / "lora"))
-    assert parity.compare(s2ft("gpt2"), exported, PROMPTS, new_tokens=6).ok
     path = tmp_path / "lora" / "adapter_config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"use_rslora": True}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_rslora": True}))
     assert not parity.compare(s2ft("gpt2"), exported, PROMPTS, new_tokens=6).ok

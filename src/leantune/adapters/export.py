@@ -131,6 +131,7 @@ def merge_run(
     say("loading the trained model")
     base_model, model = _open(source, base)
     tokenizer = base_model.tokenizer
+    merging.refuse_unmergeable(model, "default")
     facts = adapter_folder.describe_adapter(model, "default", base_model)
     with new_folder(target) as temporary:
         say("merging")

@@ -68,6 +68,7 @@ def merge(
     """
     target = Path(out_dir)
     refuse_occupied(target, overwrite)
+    refuse_unmergeable(model, adapter_name)
     facts = adapter_folder.describe_adapter(model, adapter_name, base)
     with new_folder(target) as temporary:
         result = fill(model, temporary, adapter_name, facts, tokenizer, card)
@@ -88,7 +89,6 @@ def fill(
     card: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Fill an empty folder with the merged model; ``bytes``, ``dtype``, ``modules``, and ``parity`` not yet known."""
-    refuse_unmergeable(model, adapter_name)
     _write(model, adapter_name, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -157,7 +157,11 @@ def _collect(module: Any, prefix: str, adapter_name: str, state: dict[str, Tenso
     if isinstance(module, BaseTunerLayer):
         if adapter_name in layers.adapters_of(module):
             module = copy.deepcopy(module)
-            module.merge(safe_merge=True, adapter_names=[adapter_name])
+            try:
+                module.merge(safe_merge=True, adapter_names=[adapter_name])
+            except ValueError as error:
+                where = f"adapter '{adapter_name}', module {prefix.removesuffix('.')}"
+                raise AdapterError(describe(where, str(error), "numbers", "train again")) from error
         _collect(module.get_base_layer(), prefix, adapter_name, state)
         return
     for name, parameter in module._parameters.items():
