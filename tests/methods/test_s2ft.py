@@ -361,6 +361,18 @@ def test_a_choice_by_weight_reads_the_base_not_another_merged_adapter() -> None:
 # The file decides
 
 
+@pytest.mark.parametrize("permute", [False, True])
+def test_unload_while_merged_gives_back_the_base(permute: bool) -> None:
+    base = tiny.model("llama")
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    model = get_peft_model(base, S2FTConfig(heads=1, channels=3, permute=permute, init_weights=False))
+    model.merge_adapter()
+    after = model.unload().state_dict()
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert_same(after[name], value)
+
+
 def test_the_file_wins_over_what_the_config_would_choose(tmp_path: Path) -> None:
     """Another version may draw otherwise, and a merged base ranks otherwise; what was trained is in the file."""
     model = wrap(tiny.model("llama", torch.float32), selection="weight")

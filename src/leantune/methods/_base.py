@@ -352,6 +352,21 @@ class AdapterModel(BaseTuner):
                 describe("target_modules", str(error), "names of linear modules", self._what_is_there() + near)
             ) from error
 
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """As PEFT's, but unloading alone gives back the base as it was, also where an adapter is merged."""
+        for layer in self._layers() if not merge else ():
+            if layer.merged:
+                layer.unmerge()
+        return super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
+        )
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT's: ``autocast_adapter_dtype=False`` is a wish for the base's dtype, which ours otherwise exceeds."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

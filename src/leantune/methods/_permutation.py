@@ -9,6 +9,7 @@ alone, and the rest, so that each side's choice is contiguous.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -56,17 +57,20 @@ def same_layout(one: Layout, other: Layout) -> bool:
     return flat[0].keys() == flat[1].keys() and all(torch.equal(order, flat[1][key]) for key, order in flat[0].items())
 
 
+def require_dense(path: str, module: nn.Module) -> None:
+    """Raise TargetError for a quantised layer: its packed blocks cannot be reordered without loss."""
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+        got = f"{path} ({type(module).__name__}) holds a quantised weight"
+        raise TargetError(describe("permute", got, "a dense base", "permute=False"))
+
+
 def reorder(module: nn.Module, axis: Axis, order: Tensor) -> None:
     """Put the rows ("out", with the bias) or columns ("in") of a dense linear layer in ``order``, in place.
 
-    Raises:
-        TargetError: the layer is quantised; its packed blocks cannot be reordered without loss.
+    The layer must be one that :func:`require_dense` lets pass.
     """
-    weight = module.weight
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
-        raise TargetError(
-            describe("permute", f"{type(module).__name__} holds a quantised weight", "a dense base", "permute=False")
-        )
+    weight = cast(nn.Parameter, module.weight)
     dim = 1 if axis == "in" else 0
     order = order.to(weight.device)
     with torch.no_grad():
@@ -91,7 +95,7 @@ class BasePermutation:
             occupied: other adapters stand on this base already, and count on its order.
 
         Raises:
-            TargetError: the base is permuted otherwise, or occupied; nothing has been changed.
+            TargetError: the base is permuted otherwise, occupied, or quantised; nothing has been changed.
         """
         if self.layout and same_layout(layout, self.layout):
             # A further adapter with the same choice, as a reference model's, finds the base as it needs it.
@@ -102,6 +106,8 @@ class BasePermutation:
             raise TargetError(
                 describe("permute", got, "one permutation a base, before other adapters", "permute=False")
             )
+        for path in layout:
+            require_dense(path, layers[path])
         for path, axes in layout.items():
             for axis, order in axes.items():
                 reorder(layers[path], axis, order)

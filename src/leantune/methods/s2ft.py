@@ -81,8 +81,9 @@ class S2FTConfig(AdapterConfig):
     permute: bool = field(
         default=False,
         metadata={
-            "help": "Reorder the base in memory so that chosen units stand first (undone by unload; files keep the "
-            "checkpoint's layout). Grouped-query attention then chooses whole key/value groups."
+            "help": "Reorder the base in memory so that chosen units stand first (undone by unload, before which the "
+            "base's weights are not to be read; files keep the checkpoint's layout). Grouped-query attention then "
+            "chooses whole key/value groups."
         },
     )
     achieved_ratio: float | None = field(
