@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_fixture import CHATML, FORGETFUL, MARKED_CHATML, byte_tokenizer, piece_tokenizer
 
 from leantune.core.errors import DataError
 from leantune.data import NO_LOSS, Encoded, Row, encode, encoding, masked_text, prompt_ids, prompt_text, text_ids
+from text_fixture import CHATML, FORGETFUL, MARKED_CHATML, byte_tokenizer, piece_tokenizer
 
 TOKENIZER = byte_tokenizer()
 CHAT = byte_tokenizer(opening=True, template=CHATML)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from text_fixture import byte_tokenizer
 
 from leantune.core.errors import DataError
 from leantune.data import Row, encode_classification, encode_regression, find_label_names
+from text_fixture import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(opening=True)
 

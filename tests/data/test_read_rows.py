@@ -123,7 +123,7 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "no role": (b'{"messages": [{"content": "a"}]}\n', ["messages[0] has no 'role'"]),
     "no content": (b'{"messages": [{"role": "assistant"}]}\n', ["'messages[0].content' is null"]),
     "picture": (
-        b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}, {"role": "assistant", "content": "a"}]}\n',
+        b'{"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]}\n',
         ["messages[0].content has a part of type 'image_url'"],
     ),
     "no answer": (b'{"messages": [{"role": "user", "content": "a"}]}\n', ["{path}:1: no assistant turn"]),
@@ -141,7 +141,7 @@ def test_bad_files_say_what_is_wrong(name: str, tmp_path: Path) -> None:
     text = message_of(path)
     for part in expected:
         assert part.format(path=path) in text
-    # where: got; wanted; do
+    # Four parts: the place, what stood there, what was wanted, what to do.
     assert text.startswith(str(path))
     assert text.count("; ") >= 2
 

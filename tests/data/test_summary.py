@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 
-from text_fixture import byte_tokenizer, piece_tokenizer
-
 from leantune.data import Row, encode, encode_classification, masked_text, summary
+from text_fixture import byte_tokenizer, piece_tokenizer
 
 TOKENIZER = byte_tokenizer(opening=True)
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from text_fixture import CHATML, byte_tokenizer, llama
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from leantune.core.errors import DataError
 from leantune.data import Row, prompt_ids, text_ids
 from leantune.evaluate import generate, generation
 from leantune.testing.model import scatter_weights
+from text_fixture import CHATML, byte_tokenizer, llama
 
 TOKENIZER = byte_tokenizer(template=CHATML)
 # Of very different lengths, and not in their order.

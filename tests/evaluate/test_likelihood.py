@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from text_fixture import byte_tokenizer, llama
 
 from leantune.core.errors import DataError
 from leantune.data import NO_LOSS, Collator, Row, encode
 from leantune.evaluate import Likelihood, likelihood
+from text_fixture import byte_tokenizer, llama
 
 TOKENIZER = byte_tokenizer()
 # The padding id is the end-of-text id, as in SmolLM2: a mask made from ids would lose real tokens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 RESAMPLES = 1000
-_TAIL = 2.5
+_TAIL = 0.025
 _CHUNK_CELLS = 2_000_000
 
 
@@ -22,8 +23,12 @@ class Score:
     high: float | None
 
     def to_dict(self) -> dict[str, float | None]:
-        """As JSON."""
-        return {"value": self.value, "low": self.low, "high": self.high}
+        """As JSON; what JSON cannot write (an infinite perplexity) becomes None."""
+        return {"value": _finite(self.value), "low": _finite(self.low), "high": _finite(self.high)}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 class Statistic(Protocol):
@@ -99,9 +104,14 @@ def samples(inputs: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
         yield generator.integers(inputs, size=(min(size, resamples - start), inputs))
 
 
-def _bounds(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.percentile(values, [_TAIL, 100 - _TAIL])
-    return float(low), float(high)
+def _bounds(drawn: list[np.ndarray]) -> tuple[float | None, float | None]:
+    """The values at 2.5% and 97.5%; none when a sample has no value (the difference of two infinite perplexities)."""
+    values = np.sort(np.concatenate(drawn))
+    if np.isnan(values[-1]):
+        return None, None
+    # No interpolation: between infinite values it has no answer.
+    last = len(values) - 1
+    return float(values[round(_TAIL * last)]), float(values[round((1 - _TAIL) * last)])
 
 
 def score(statistic: Statistic, *, resamples: int = RESAMPLES, seed: int = 0) -> Score:
@@ -115,7 +125,7 @@ def score(statistic: Statistic, *, resamples: int = RESAMPLES, seed: int = 0) ->
     if len(statistic) < 2 or resamples == 0:
         return Score(statistic.value(), None, None)
     drawn = [statistic.resampled(indices) for indices in samples(len(statistic), resamples, seed)]
-    return Score(statistic.value(), *_bounds(np.concatenate(drawn)))
+    return Score(statistic.value(), *_bounds(drawn))
 
 
 def difference(base: Statistic, tuned: Statistic, *, resamples: int = RESAMPLES, seed: int = 0) -> Score:
@@ -129,5 +139,6 @@ def difference(base: Statistic, tuned: Statistic, *, resamples: int = RESAMPLES,
     value = tuned.value() - base.value()
     if len(base) < 2 or resamples == 0:
         return Score(value, None, None)
-    drawn = [tuned.resampled(index) - base.resampled(index) for index in samples(len(base), resamples, seed)]
-    return Score(value, *_bounds(np.concatenate(drawn)))
+    with np.errstate(invalid="ignore"):
+        drawn = [tuned.resampled(index) - base.resampled(index) for index in samples(len(base), resamples, seed)]
+    return Score(value, *_bounds(drawn))

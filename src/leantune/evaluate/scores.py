@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,15 +106,12 @@ class Scores:
         return self.value("chrf")
 
     def to_dict(self, *, generations: bool = True) -> dict[str, Any]:
-        """As JSON; numbers that JSON cannot write (an infinite perplexity) become None.
+        """As JSON.
 
         Args:
             generations: whether to include the generated texts.
         """
-        shown = {
-            name: {"title": METRICS[name].title, **{key: _finite(value) for key, value in score.to_dict().items()}}
-            for name, score in self.metrics.items()
-        }
+        shown = {name: {"title": METRICS[name].title, **score.to_dict()} for name, score in self.metrics.items()}
         result = {
             "task": self.task,
             "n": self.n,
@@ -126,10 +122,6 @@ class Scores:
             "settings": self.settings,
         }
         return {**result, "generations": self.generations} if generations else result
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def paired_difference(base: Scores, tuned: Scores, *, resamples: int = RESAMPLES, seed: int = 0) -> dict[str, Score]:
