@@ -109,6 +109,45 @@ def test_generation(adapter_folder: Path, base_folder: Path) -> None:
     assert torch.equal(words[~ended], step[~ended])
 
 
+def test_generation_with_beams_and_an_adapter_for_each_row(adapter_folder: Path, base_folder: Path) -> None:
+    model = AutoPeftModelForCausalLM.from_pretrained(adapter_folder).eval()
+    model.add_adapter("other", S2FTConfig(heads=2, channels=4, seed=8, task_type="CAUSAL_LM"))
+    start(model, "other", seed=6)
+    ids = tiny.ids(rows=3)
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2, "eos_token_id": None}
+    options["attention_mask"] = torch.ones_like(ids)
+    alone = {"default": model.generate(input_ids=ids, **options)}
+    model.set_adapter("other")
+    alone["other"] = model.generate(input_ids=ids, **options)
+    model.set_adapter("default")
+    with model.disable_adapter():
+        alone["__base__"] = model.generate(input_ids=ids, **options)
+    names = ["other", "__base__", "default"]
+    mixed = model.generate(input_ids=ids, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        assert torch.equal(mixed[row], alone[name][row]), name
+    assert not torch.equal(alone["default"], alone["other"])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_classification_head_trains_and_is_saved(family: str, tmp_path: Path) -> None:
+    model = get_peft_model(tiny.model(family, torch.float32), S2FTConfig(heads=1, channels=3, task_type="SEQ_CLS"))
+    assert any("classifier" in name for name in trained(model))
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=5e-2)
+    labels = torch.tensor([0, 1, 2])
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(input_ids=tiny.ids(), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny.model(family, torch.float32), tmp_path).eval()
+    assert_same(no_grad_logits(loaded, tiny.ids()), no_grad_logits(model.eval(), tiny.ids()), "logits")
+
+
 # Trainer
 
 
