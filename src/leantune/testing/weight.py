@@ -116,19 +116,22 @@ def unmerge_does_not_drift(subject: Subject) -> None:
 
 
 def unload_restores_the_base(subject: Subject) -> None:
-    """Unloading leaves the base model: its modules, its names, its bits."""
+    """Unloading leaves the base model: its modules, its names, its bits; also while the adapter is merged."""
     only_when(subject.method.is_adapter, "the method has nothing to unload")
     expected = _snapshot(subject.base(torch.bfloat16))
     types = {name: type(module) for name, module in subject.base(torch.bfloat16).named_modules()}
-    model = subject.wrap(subject.base(torch.bfloat16))
-    if own_layers(model) and subject.method.mergeable:
-        model.merge_adapter()
-        model.unmerge_adapter()
-    no_grad_logits(model, tokens())
-    bare = model.unload()
-    assert_same_state(_snapshot(bare), expected, "base after unload")
-    if {name: type(module) for name, module in bare.named_modules()} != types:
-        raise AssertionError("unload: the modules are not those of the base")
+    for merged in (False, True):
+        model = subject.wrap(subject.base(torch.bfloat16))
+        no_grad_logits(model, tokens())
+        if merged:
+            if not (own_layers(model) and subject.method.mergeable):
+                # Stock layers leave the merged weights behind.
+                continue
+            model.merge_adapter()
+        bare = model.unload()
+        assert_same_state(_snapshot(bare), expected, f"base after unload, merged={merged}")
+        if {name: type(module) for name, module in bare.named_modules()} != types:
+            raise AssertionError("unload: the modules are not those of the base")
 
 
 def _train(subject: Subject, model: Wrapped, steps: int = 4) -> tuple[torch.optim.Optimizer, list[float]]:
