@@ -246,3 +246,9 @@ def test_both_choices_are_runs_in_the_order_of_units(inward: set[int], outward: 
     for chosen in (inward, outward):
         places = sorted(order.index(unit) for unit in chosen)
         assert places == list(range(places[0], places[0] + len(places))) if places else True
+
+
+def test_pefts_own_conversion_refuses_a_permuted_base() -> None:
+    model = get_peft_model(tiny.model("llama"), S2FTConfig(heads=1, channels=3, permute=True))
+    assert not model.supports_lora_conversion()
+    assert get_peft_model(tiny.model("llama"), S2FTConfig(heads=1, channels=3)).supports_lora_conversion()

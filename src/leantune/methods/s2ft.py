@@ -226,6 +226,13 @@ class S2FTLinear(AdapterLayer):
             where = torch.arange(length, device=own.weight.device)[where]
         return own.weight.detach(), 1 if own.axis == "in" else 0, where
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Not over a permuted base: PEFT's converter would write the delta in the permuted order. Ours does not."""
+        if adapter_name not in self.s2ft_slice:
+            return True
+        own = self._own(adapter_name)
+        return own.run is None and own.position is None
+
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Rank ``s`` with a one-hot factor: ``D E`` for columns, ``E^T D`` for rows, ``E[i, S_i] = 1``."""
         own = self._own(adapter)
