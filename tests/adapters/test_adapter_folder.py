@@ -282,7 +282,9 @@ class TestBase:
     def test_the_run_record_will_do(self, known: Path, base: Maker) -> None:
         record = json.loads((known / "leantune.json").read_text())
         (known / "leantune.json").unlink()
-        (known.parent / "run.json").write_text(json.dumps({"base": record["base"]}))
+        facts = {name: value for name, value in record["base"].items() if name != "dtype"}
+        (known.parent / "run.json").write_text(json.dumps({"base": facts, "config": {"dtype": "float32"}}))
+        assert isinstance(leantune.load(base().bfloat16(), known), PeftModel)
         other = base()
         other.lm_head.weight.data.zero_()
         assert "loaded over another base" in refused(other, known)

@@ -318,6 +318,15 @@ class TestCard:
         assert "dequantised from 4 bits" in text
         assert "not byte for byte those on the Hub" in text
 
+    def test_without_a_record_the_model_keeps_the_name_it_was_loaded_by(self, lora: Maker, tmp_path: Path) -> None:
+        """No question to the Hub: the name is passed on as PEFT itself would."""
+        model = lora()
+        model.get_base_model().config._name_or_path = "some/model"
+        leantune.convert_to_lora(model, tmp_path / "lora")
+        config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == "some/model"
+        assert "base_model:" not in (tmp_path / "lora" / "README.md").read_text()
+
 
 class TestAdvice:
     """When another way is wiser, the export says so."""

@@ -319,16 +319,12 @@ def _config(
     facts: dict[str, Any], rank: int, targets: list[str], conv1d: bool, ranks: dict[str, int]
 ) -> dict[str, Any]:
     base = facts.get("base") or {}
-    # Only weights that came from the Hub may claim the Hub's name; anything else is named by where it lies here.
-    name = base.get("hub_id") if base.get("source") == "hub" else base.get("name")
-    if name and base.get("source") != "hub":
-        name = skeleton.location(name)[0]
     pattern = {path.replace(".", r"\."): own for path, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
         "peft_version": peft_version,
         "task_type": facts.get("task_type"),
-        "base_model_name_or_path": name,
+        "base_model_name_or_path": skeleton.stock_name(base),
         "revision": base.get("revision") if base.get("source") == "hub" else None,
         "r": rank,
         "lora_alpha": rank,

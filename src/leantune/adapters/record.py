@@ -57,8 +57,12 @@ def read(folder: Path) -> dict[str, Any]:
     own = _read_json(folder / RECORD_NAME)
     if own:
         return own
-    base = _read_json(folder.parent / "run.json").get("base")
-    return {"base": base} if isinstance(base, dict) else {}
+    run = _read_json(folder.parent / "run.json")
+    base, config = run.get("base"), run.get("config")
+    if not isinstance(base, dict):
+        return {}
+    # The hash was taken of the weights in the dtype of the run.
+    return {"base": {"dtype": config.get("dtype"), **base} if isinstance(config, dict) else base}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -54,6 +54,23 @@ def location(name: str, revision: str | None = None) -> tuple[str, dict[str, Any
     return found.target, dict(found.options)
 
 
+def stock_name(base: dict[str, Any]) -> str | None:
+    """What an adapter's config may call its base: a name with which stock transformers loads these very weights.
+
+    Args:
+        base: of an adapter's record. Weights that came from the Hub have the Hub's name, and no others claim it.
+    """
+    from leantune.models.embedded import EMBEDDED_NAME
+
+    name = base.get("name")
+    if base.get("source") == "hub" or not name:
+        return base.get("hub_id") or name
+    if name == EMBEDDED_NAME:
+        return location(name)[0]
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else str(name)
+
+
 def build(config: PeftConfig, name: str) -> nn.Module:
     """The skeleton of the base model that an adapter's config goes with.
 

@@ -186,7 +186,7 @@ def base_difference(path: Path, model: nn.Module, given_hash: str | None) -> str
     wanted = known.get("content_hash")
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     # The hash is of the bytes, so it can only be compared in the dtype it was taken in.
-    if not wanted or record.model_dtype(inner) != known.get("dtype", record.model_dtype(inner)):
+    if not wanted or (known.get("dtype") and known["dtype"] != record.model_dtype(inner)):
         return None
     if given_hash is None:
         from leantune.models import content_hash
