@@ -158,6 +158,14 @@ def test_a_row_left_without_loss_is_refused_by_name() -> None:
     assert "f.jsonl:1" not in text
 
 
+def test_rows_without_an_answer_are_refused() -> None:
+    labelled = Row(where="f.jsonl:2", text="a", label=1)
+    with pytest.raises(DataError, match=r"^f\.jsonl:2: a text with a label; a prompt and completion, or messages; "):
+        encode([row(), labelled], TOKENIZER, max_length=None)
+    with pytest.raises(DataError, match=r"^f\.jsonl:9: a row of another layout than the first"):
+        encode([row(), talk(("user", "a"), ("assistant", "b"), where="f.jsonl:9")], CHAT, max_length=None)
+
+
 def test_a_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None

@@ -178,6 +178,11 @@ def test_no_rows(model: torch.nn.Module) -> None:
         evaluate(model, TOKENIZER, [])
 
 
+def test_rows_of_another_task(model: torch.nn.Module) -> None:
+    with pytest.raises(DataError, match="f:1: a text with a label"):
+        evaluate(model, TOKENIZER, [Row(where="f:1", text="a", label=1)], metrics=["bleu"])
+
+
 def test_every_metric_can_be_shown() -> None:
     assert {name for task in TASKS.values() for name in task.metrics} == set(METRICS)
     assert "sacrebleu" in METRICS["bleu"].title

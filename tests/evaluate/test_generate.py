@@ -15,7 +15,7 @@ from leantune.core.errors import DataError
 from leantune.data import Row, prompt_ids, text_ids
 from leantune.evaluate import generate, generation
 from leantune.testing.model import scatter_weights
-from text_fixture import CHATML, byte_tokenizer, llama
+from text_fixture import CHATML, byte_tokenizer, llama, piece_tokenizer
 
 TOKENIZER = byte_tokenizer(template=CHATML)
 # Of very different lengths, and not in their order.
@@ -125,6 +125,18 @@ def test_stop_strings(model: torch.nn.Module) -> None:
     assert expected != full
     assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, stop=[mark, other]) == expected
     assert generate(model, TOKENIZER, PROMPTS, max_new_tokens=12, stop=mark) == [t.split(mark)[0] for t in full]
+
+
+def test_the_space_before_the_first_new_word_is_kept() -> None:
+    tokenizer = piece_tokenizer()
+    model = llama(len(tokenizer))
+    prompts = ["Sentence:", "one two", "Loch", "hello there"]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=4)
+    ends = [tokenizer.eos_token_id]
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = text_ids(prompt, tokenizer)
+        assert prompt + text == tokenizer.decode(ids + one_by_one(model, ids, 4, ends), skip_special_tokens=True)
+    assert any(text.startswith(" ") for text in texts), "no text begins with a word, so the test shows nothing"
 
 
 def test_token_ids_are_taken_as_they_stand(model: torch.nn.Module) -> None:

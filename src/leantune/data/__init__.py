@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from leantune.data.classification import encode_classification, encode_regression, find_label_names
-from leantune.data.encoding import NO_LOSS, Encoded, encode, prompt_ids, prompt_text, text_ids
+from leantune.data.encoding import NO_LOSS, Encoded, check_answers, encode, prompt_ids, prompt_text, text_ids
 from leantune.data.report import masked_text, summary
 from leantune.data.row import Row
 from leantune.data.source import data_hash, read_rows
@@ -23,6 +23,7 @@ __all__ = [
     "Collator",
     "Encoded",
     "Row",
+    "check_answers",
     "data_hash",
     "encode",
     "encode_classification",

@@ -168,6 +168,22 @@ def _any_weight(rows: list[Row]) -> bool:
     return any("weight" in message for row in rows for message in row.messages or [])
 
 
+def check_answers(rows: Sequence[Row]) -> None:
+    """Refuse rows that have no answer (rows of text and label), or are not all of one layout.
+
+    Raises:
+        DataError: naming the rows.
+    """
+    problems = Problems("data")
+    for row in rows:
+        if row.messages is None and row.completion is None:
+            got = "a text with a label" if row.text is not None else "no answer"
+            problems.add(row.where, got, "a prompt and completion, or messages", "mend the data, or name another task")
+        elif (row.messages is None) != (rows[0].messages is None):
+            problems.add(row.where, "a row of another layout than the first", "one layout", "split the data")
+    problems.raise_if_any()
+
+
 def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int | None, template: str | None = None) -> Encoded:
     """Tokenise rows of prompt and completion, or of messages, with loss on the answers alone.
 
@@ -181,10 +197,11 @@ def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int | None, templ
         The examples, one a row, and the counts.
 
     Raises:
-        DataError: rows are left without a token that carries loss (cut away, or never there), the template cannot
-            render a row or hides where the assistant speaks, or the tokenizer lacks a template or end-of-text token.
-            Rows are named.
+        DataError: rows have no answer, or are left without a token that carries loss (cut away, or never there), the
+            template cannot render a row or hides where the assistant speaks, or the tokenizer lacks a template or
+            end-of-text token. Rows are named.
     """
+    check_answers(rows)
     problems = Problems("data")
     encoded = Encoded(max_length=max_length)
     for start in range(0, len(rows), _CHUNK_ROWS):

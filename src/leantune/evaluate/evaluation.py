@@ -13,6 +13,7 @@ from leantune.data import (
     Collator,
     Encoded,
     Row,
+    check_answers,
     encode,
     encode_classification,
     encode_regression,
@@ -90,6 +91,7 @@ def _text_statistics(
 
 def _causal_lm(request: _Request) -> Scores:
     tokenizer, template = request.tokenizer, request.template
+    check_answers(request.rows)
     inputs = group_references(request.rows)
     prompts = [prompt_text(item.row, tokenizer, template=template) for item in inputs]
     scores = Scores("causal-lm", {}, n=len(inputs), rows=len(request.rows), inputs=prompts)
