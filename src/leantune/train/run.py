@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import set_seed
 
 from leantune import adapters
 from leantune.core import atomic
@@ -25,7 +24,7 @@ from leantune.train.meter import reset_peak_memory
 from leantune.train.plot import draw_loss
 from leantune.train.progress import Report, clock
 from leantune.train.record import METRICS, RECORD, MetricsFile, read_metrics
-from leantune.train.setup import apply_method, build_trainer, encode_rows, load_model, read_data
+from leantune.train.setup import load_model, prepare
 from leantune.train.trainer import LeanTrainer
 
 
@@ -118,15 +117,9 @@ def fit(config: RunConfig, *, progress: bool = True) -> Run:
     """
     began = time.perf_counter()
     config = config.model_copy(update={"lr": config.learning_rate})
-    run_folder.check_vacant(config.out, config.overwrite)
     reset_peak_memory()
-    set_seed(config.seed)
-
-    rows = read_data(config)
-    base = load_model(config, config.model, rows.label_names)
-    examples = encode_rows(config, rows, base.tokenizer)
-    model = apply_method(config, base)
-    trainer = build_trainer(config, base, model, examples)
+    prepared = prepare(config)
+    base, examples, model, trainer = prepared.base, prepared.examples, prepared.model, prepared.trainer
     summary = summaries.before(config, base, model, examples)
 
     run_folder.begin(config)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from leantune.core.errors import MethodError, describe
 from leantune.data import (
@@ -23,7 +23,7 @@ from leantune.data import (
 from leantune.methods import Method, TrainingPlan
 from leantune.models import BaseModel, load_base
 from leantune.train.config import RunConfig
-from leantune.train.folder import CHECKPOINTS
+from leantune.train.folder import CHECKPOINTS, check_vacant
 from leantune.train.option import user_options
 from leantune.train.trainer import LeanTrainer
 
@@ -52,6 +52,43 @@ class Examples:
 
     train: Encoded
     evaluation: Encoded | None
+
+
+@dataclass
+class Prepared:
+    """A run before its first step.
+
+    Attributes:
+        base: the base model.
+        examples: the rows as tokens.
+        model: the base with the method on it.
+        trainer: what would train it.
+    """
+
+    base: BaseModel
+    examples: Examples
+    model: Any
+    trainer: LeanTrainer
+
+
+def prepare(config: RunConfig, *, checkpoints: Path | None = None) -> Prepared:
+    """All that comes before the first step, the same for a run and for its dry run.
+
+    Args:
+        config: the settings, learning rate resolved.
+        checkpoints: where the trainer may make its folder; the run's own unless given.
+
+    Raises:
+        LeantuneError: the run folder is occupied, or the data, the model or the method's options are not as they must.
+    """
+    check_vacant(config.out, config.overwrite)
+    set_seed(config.seed)
+    rows = read_data(config)
+    base = load_model(config, config.model, rows.label_names)
+    examples = encode_rows(config, rows, base.tokenizer)
+    model = apply_method(config, base)
+    trainer = build_trainer(config, base, model, examples, checkpoints or config.out / CHECKPOINTS)
+    return Prepared(base, examples, model, trainer)
 
 
 def read_data(config: RunConfig) -> Rows:
@@ -147,8 +184,8 @@ def _enable_checkpointing(model: Any) -> None:
     base.disable_input_require_grads()
 
 
-def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -> LeanTrainer:
-    """The trainer of a run."""
+def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Examples, checkpoints: Path) -> LeanTrainer:
+    """The trainer of a run; its checkpoints go into the folder given, which it makes."""
     plan = config.chosen_method.plan(model)
     evaluation = None
     if examples.evaluation is not None:
@@ -160,7 +197,7 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
         task=config.task,
         logits=config.logits,
         group_by_length=config.group_by_length,
-        args=_arguments(config),
+        args=_arguments(config, checkpoints),
         train_dataset=examples.train,
         eval_dataset=evaluation,
         data_collator=collator_of(base, plan),
@@ -172,9 +209,9 @@ def collator_of(base: BaseModel, plan: TrainingPlan) -> Collator:
     return Collator(base.tokenizer.pad_token_id, plan.batch_columns)
 
 
-def _arguments(config: RunConfig) -> TrainingArguments:
+def _arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=str(Path(config.out) / CHECKPOINTS),
+        output_dir=str(checkpoints),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation,
