@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from leantune.cli.command import console, one_command, program
 from leantune.cli.option import options_of, run_options, with_options
+from leantune.core.errors import ConfigError, describe
 
 if TYPE_CHECKING:
     from leantune.train import RunConfig
@@ -35,6 +37,10 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="key=value", help="Set any field of the recipe; repeat as needed."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Resolve and check everything, say what would happen, train nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     **given: Any,
 ) -> None:
     """Without a recipe, --model, --data and --out are needed. `--method NAME --help` adds the options of that method
@@ -44,10 +50,26 @@ def train(
     killed leaves its last good state there.
     """
     config = configuration(recipe, settings or [], given)
+    if dry_run:
+        _say_what_would_happen(config, as_json)
+        return
+    if as_json:
+        raise ConfigError(describe("--json", "without --dry-run", "a dry run", "add --dry-run; a run writes run.json"))
     from leantune.train import fit
 
     run = fit(config)
     _say_what_next(run.folder, config)
+
+
+def _say_what_would_happen(config: RunConfig, as_json: bool) -> None:
+    from leantune.cli.preview import print_preview
+    from leantune.train import dry_run
+
+    found = dry_run(config)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_preview(console(), found)
 
 
 def configuration(recipe: Path | None, settings: list[str], given: dict[str, Any]) -> RunConfig:

@@ -13,6 +13,7 @@ _PUBLIC = {
     "Run": "leantune.train.run",
     "RunConfig": "leantune.train.config",
     "callbacks": "leantune.train.listener",
+    "dry_run": "leantune.train.preview",
     "fit": "leantune.train.run",
     "selected_logits": "leantune.train.loss",
 }
