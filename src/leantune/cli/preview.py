@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 _WIDTH = 11
+_MUCH_PADDING = 0.1
 
 
 def print_preview(out: Console, found: dict[str, Any]) -> None:
@@ -77,7 +78,9 @@ def _print_steps(out: Console, found: dict[str, Any]) -> None:
         share += f" (in the first {steps['counted_batches']:,} batches)"
     elif steps["epochs"] > 1:
         share += " (in the first epoch)"
-    _line(out, "padding", share + ("" if config["group_by_length"] else "; --group-by-length lowers it"))
+    if steps["padding_share"] > _MUCH_PADDING and not config["group_by_length"]:
+        share += "; --group-by-length lowers it"
+    _line(out, "padding", share)
 
 
 def _print_rate(out: Console, rate: dict[str, Any]) -> None:
