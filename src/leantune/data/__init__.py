@@ -2,7 +2,7 @@
 
     file -> reader/ (what a record is) -> layout/ (what its columns mean) -> Row -> encode -> Encoded -> Collator
 
-Reading and checking needs no torch; :class:`Collator` alone imports it, on first use.
+Reading and checking needs no torch; what makes batches imports it, on first use.
 """
 
 from __future__ import annotations
@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 from leantune.data.classification import encode_classification, encode_regression, find_label_names
 from leantune.data.encoding import NO_LOSS, Encoded, check_answers, encode, prompt_ids, prompt_text, text_ids
+from leantune.data.packing import Packs
 from leantune.data.report import masked_text, summary
 from leantune.data.row import Row
 from leantune.data.source import data_hash, read_rows
 
 if TYPE_CHECKING:
-    from leantune.data.collator import Collator
+    from leantune.data.collator import Collator, PackCollator
+    from leantune.data.streaming import RowStream
 
 __all__ = [
     "NO_LOSS",
     "Collator",
     "Encoded",
+    "PackCollator",
+    "Packs",
     "Row",
+    "RowStream",
     "check_answers",
     "data_hash",
     "encode",
@@ -39,8 +44,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Collator":
-        from leantune.data.collator import Collator
+    if name in ("Collator", "PackCollator"):
+        from leantune.data import collator
 
-        return Collator
+        return getattr(collator, name)
+    if name == "RowStream":
+        from leantune.data.streaming import RowStream
+
+        return RowStream
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

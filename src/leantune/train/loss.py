@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,25 +30,36 @@ class Selection:
     """The positions of a batch whose next token carries loss, in row order.
 
     Attributes:
-        index: ``(N,)`` positions in the batch flattened to ``rows * length``.
+        index: ``(N,)`` positions in the batch flattened to ``sequences * length``.
         target: ``(N,)`` the token each one predicts.
         row: ``(N,)`` the row each one is in.
-        rows: rows in the batch.
-        length: positions in a row.
+        rows: rows in the batch; more than sequences where rows are packed.
+        sequences: sequences in the batch.
+        length: positions in a sequence.
     """
 
     index: Tensor
     target: Tensor
     row: Tensor
     rows: int
+    sequences: int
     length: int
 
     @classmethod
-    def of(cls, labels: Tensor) -> Selection:
-        """The selection of a batch of labels ``(rows, length)``, aligned with the input tokens as usual."""
-        rows, length = labels.shape
-        row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        return cls(row * length + column, labels[row, column + 1], row, rows, length)
+    def of(cls, labels: Tensor, documents: Tensor | None = None) -> Selection:
+        """The selection of a batch.
+
+        Args:
+            labels: ``(sequences, length)``, aligned with the input tokens as usual. In a packed batch the first token
+                of a row must have none, or it would be predicted from the row before it.
+            documents: ``(sequences, length)`` the row of each position where rows are packed, -1 for padding.
+        """
+        sequences, length = labels.shape
+        sequence, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        row, rows = sequence, sequences
+        if documents is not None:
+            row, rows = documents[sequence, column + 1], int(documents.max()) + 1
+        return cls(sequence * length + column, labels[sequence, column + 1], row, rows, sequences, length)
 
 
 def count_targets(labels: Tensor) -> Tensor:
@@ -63,25 +75,43 @@ def selected_logits(model: nn.Module, selection: Selection) -> Iterator[None]:
         ModelError: the model's logits do not come from one pass of its output embedding over all positions.
     """
     head = output_embedding(model)
-    passes = 0
-
-    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        nonlocal passes
-        del module
-        passes += 1
-        hidden, *rest = args
-        if hidden.shape[:2] != (selection.rows, selection.length):
-            raise _not_selectable(model, f"its head is given {tuple(hidden.shape)}")
-        flat = hidden.reshape(selection.rows * selection.length, hidden.shape[-1])
-        return (flat.index_select(0, selection.index.to(flat.device)).unsqueeze(0), *rest)
-
-    handle = head.register_forward_pre_hook(gather)
+    gather = _GATHERS.setdefault(head, _Gather())
+    gather.index, gather.wanted = selection.index, (selection.sequences, selection.length)
+    gather.passes, gather.refused = 0, None
+    handle = head.register_forward_pre_hook(gather.hook)
     try:
         yield
     finally:
         handle.remove()
-    if passes != 1:
-        raise _not_selectable(model, f"its head ran {passes} times in a forward pass")
+        gather.index = None
+    if gather.refused is not None:
+        raise _not_selectable(model, f"its head is given {gather.refused}")
+    if gather.passes != 1:
+        raise _not_selectable(model, f"its head ran {gather.passes} times in a forward pass")
+
+
+class _Gather:
+    """The hook of one head. One object for all its batches: a compiled model would be compiled anew for each hook."""
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+        self.wanted = (0, 0)
+        self.refused: tuple[int, ...] | None = None
+        self.passes = 0
+
+    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Replace the hidden states by those of the selection."""
+        del module
+        self.passes += 1
+        hidden, *rest = args
+        if self.index is None or tuple(hidden.shape[:2]) != self.wanted:
+            self.refused = tuple(hidden.shape)
+            return args
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return (flat.index_select(0, self.index.to(flat.device)).unsqueeze(0), *rest)
+
+
+_GATHERS: WeakKeyDictionary[nn.Module, _Gather] = WeakKeyDictionary()
 
 
 def output_embedding(model: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from leantune.data.packing import DOCUMENTS
 from leantune.train.loss import IGNORED
 
 
@@ -41,11 +42,16 @@ class Meter:
         self.ended = time.perf_counter()
 
     def add(self, batch: dict[str, Any]) -> None:
-        """Count a batch."""
-        mask, labels = batch["attention_mask"], batch["labels"]
-        self.rows += mask.shape[0]
-        self.cells += mask.numel()
-        self.tokens += int(mask.sum())
+        """Count a batch; of a packed one the rows, not the packs."""
+        labels = batch["labels"]
+        if DOCUMENTS in batch:
+            documents = batch[DOCUMENTS]
+            real, rows = documents >= 0, int(documents.max()) + 1
+        else:
+            real, rows = batch["attention_mask"], batch["attention_mask"].shape[0]
+        self.rows += rows
+        self.cells += real.numel()
+        self.tokens += int(real.sum())
         if labels.dim() > 1:
             self.loss_tokens += int((labels[:, 1:] != IGNORED).sum())
 
