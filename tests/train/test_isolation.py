@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 from transformers import (
@@ -18,6 +18,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
+import tiny
 from leantune.core.errors import ModelError
 from leantune.data import Collator, PackCollator
 from leantune.testing.closeness import assert_close
@@ -164,11 +165,11 @@ def varlen_attention(
     """Row by row between the borders, without a mask; ``(1, heads, length, width)``."""
     borders = options["cu_seq_lens_q"].tolist()
     assert attention_mask is None
-    assert options["max_length_q"] == max(b - a for a, b in zip(borders, borders[1:], strict=False))
+    assert options["max_length_q"] == max(b - a for a, b in itertools.pairwise(borders))
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     parts = []
-    for first, last in zip(borders, borders[1:], strict=False):
+    for first, last in itertools.pairwise(borders):
         part = [each[:, :, first:last] for each in (query, key, value)]
         out = torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, scale=scaling)
         parts.append(out.transpose(1, 2))
@@ -227,7 +228,7 @@ def test_a_model_with_a_recurrent_state_is_refused() -> None:
         block_types=["recurrent", "attention"],
         **tiny._TOKENS,
     )
-    with pytest.raises(ModelError, match="packing with RecurrentGemmaForCausalLM: .*drop packing"):
+    with pytest.raises(ModelError, match=r"packing with RecurrentGemmaForCausalLM: .*drop packing"):
         packing_form(RecurrentGemmaForCausalLM(config).eval(), CAPACITY)
 
 
