@@ -19,7 +19,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input -c constraints.txt
 # In a variable of its own: $(call) would take these commas for its own.
-EVERYTHING := -e '.[train,eval,dev]'
+EVERYTHING := -e '.[train,eval,quant,dev]'
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX

@@ -21,6 +21,11 @@ THIRD_PARTY_WARNINGS: list[tuple[str, str, str]] = [
         "PEFT 0.21.2 asks a transformers 5.23 model by a name that goes in transformers 6",
         "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
     ),
+    (
+        "2026-11-25",
+        "bitsandbytes 0.50.2 has torch 2.13 script a function while it is imported",
+        "ignore:`torch.jit.script:DeprecationWarning",
+    ),
 ]
 
 

@@ -7,7 +7,6 @@ is turned at the edge, here.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from leantune.core import packed_weight
 from leantune.core.errors import ConfigError, TargetError, describe, did_you_mean
 from leantune.methods.structure import default_targets
 
@@ -178,6 +178,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if self.has(name)]
+        if self.quantization_backend is not None and self.training:
+            # Some hosts cast what trains beside a quantised base to 16 bits, after the adapter was made.
+            self._widen(active)
         if len(active) == 1 and not args and not kwargs:
             result = self.fused(active[0], x)
             if result is not None:
@@ -186,6 +189,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for name in active:
             result = self.add_share(name, x, result)
         return result
+
+    def _widen(self, names: list[str]) -> None:
+        for container in self.adapter_layer_names:
+            for name in names:
+                if name in getattr(self, container):
+                    packed_weight.widen(getattr(self, container)[name])
 
     def is_plain(self, x: Tensor) -> bool:
         """Whether a kernel may take the base's place: a dense frozen matrix of ``x``'s dtype that nobody hooks."""
@@ -252,10 +261,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(updated).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self.quantization_backend is not None:
-            # Requantising cannot be undone by arithmetic: the quantised parameter itself is what is kept, and the
-            # state in which bitsandbytes' 8-bit layers hold its scales.
-            base = self.get_base_layer()
-            self._overwritten.append(((base.weight, copy.copy(getattr(base, "state", None))), None, None))
+            # Requantising cannot be undone by arithmetic: the quantised parameter itself is what is kept.
+            self._overwritten.append((packed_weight.keep(self.get_base_layer()), None, None))
             self.set_base_weight(updated if dim is None or index is None else weight.index_copy(dim, index, updated))
             return
         # A buffer, so that it follows the model to another device; not persistent: no file needs it.
@@ -279,10 +286,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             while self._overwritten:
                 kept, dim, index = self._overwritten.pop()
                 if self.quantization_backend is not None:
-                    base = self.get_base_layer()
-                    base.weight, state = kept
-                    if state is not None:
-                        base.state = state
+                    packed_weight.put_back(self.get_base_layer(), kept)
                     continue
                 original = cast(Tensor, getattr(self, kept))
                 weight = self.get_base_weight()
@@ -337,6 +341,7 @@ class AdapterModel(BaseTuner):
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             for layer in merged:
                 layer.unmerge()
+        packed_weight.steady(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except TargetError:

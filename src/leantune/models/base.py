@@ -10,14 +10,27 @@ from typing import Any
 
 import torch
 
+from leantune.core import packed_weight
 from leantune.core.errors import ModelError, describe, did_you_mean, require
-from leantune.models import gguf
+from leantune.models import gguf, quantisation
 from leantune.models.content import content_hash
 from leantune.models.embedded import EMBEDDED_NOTE, Progress, say
 from leantune.models.location import Location, Source, first_line, locate
+from leantune.models.quantisation import Quantisation
 from leantune.models.quiet import quiet
 
-TASKS = ("causal-lm", "classification", "regression")
+# Task -> class of transformers that reads a model for it.
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
+}
+TASKS = tuple(AUTO_CLASSES)
+# What puts a head of a given width on the model, a fresh one where the file has none that fits.
+_CLASSES_TASKS = ("classification", "image-classification")
+_HEAD_TASKS = (*_CLASSES_TASKS, "regression")
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -33,8 +46,9 @@ class BaseModel:
     """A base model, ready for a method.
 
     Attributes:
-        model: the transformers model, in evaluation mode, on the CPU.
-        tokenizer: with a padding token.
+        model: the transformers model, in evaluation mode, on the CPU (a quantised one on the accelerator if there is
+            one).
+        tokenizer: with a padding token; None for image classification.
         name: as the user gave it.
         source: where it was found.
         hub_id: id on the Hub, where it came from there; None otherwise (the embedded model is a dequantised copy,
@@ -44,6 +58,8 @@ class BaseModel:
         revision: commit on the Hub, where known.
         pad_note: says which token pads, where the tokenizer brought none.
         new_parameters: names that were not in the file (a fresh classification head), sorted.
+        image_processor: turns an image into numbers; image classification alone.
+        quantisation: how the weights are packed; None where they are not.
     """
 
     model: Any
@@ -56,6 +72,13 @@ class BaseModel:
     revision: str | None = None
     pad_note: str | None = None
     new_parameters: tuple[str, ...] = ()
+    image_processor: Any = None
+    quantisation: Quantisation | None = None
+
+    @property
+    def encoder(self) -> Any:
+        """What turns a row into the model's inputs, and is saved beside it: the tokenizer or the image processor."""
+        return self.tokenizer if self.tokenizer is not None else self.image_processor
 
 
 def load_base(
@@ -66,34 +89,53 @@ def load_base(
     dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantization: str = "none",
+    quantization_backend: str = "auto",
+    device: str = "auto",
     progress: Progress = say,
 ) -> BaseModel:
     """Load a base model and its tokenizer. Weights are read from safetensors or GGUF, never from a pickle.
 
     Args:
         name: ``smollm2-135m``, a transformers folder, a ``.gguf`` file, or a Hub id.
-        task: ``causal-lm``; ``classification`` or ``regression`` put a sequence head on it, fresh (from a fixed
-            seed) where the file has none that fits.
-        num_labels: classes of ``classification``; None takes the file's own head. Regression has 1.
+        task: ``causal-lm``; ``masked-lm`` for an encoder; ``classification`` or ``regression`` put a sequence head on
+            it, fresh (from a fixed seed) where the file has none that fits; ``image-classification`` does so with an
+            image model and reads its image processor.
+        num_labels: classes of a classification; None takes the file's own head. Regression has 1.
         dtype: ``float32``, ``bfloat16``, ``float16``, ``float64``, a torch dtype, or ``auto`` for the file's own.
         trust_remote_code: run code that the model's repository brings along. Off: such a model is refused.
         revision: branch, tag or commit on the Hub.
+        quantization: ``4bit`` or ``8bit`` packs the frozen weights while they are read; ``none`` leaves them.
+        quantization_backend: ``bitsandbytes``, ``torchao``, or ``auto``: see :mod:`leantune.models.quantisation`.
+        device: where packed weights go: ``cpu``, or ``auto`` for the accelerator if there is one.
         progress: called with one line of text when something takes long.
 
     Raises:
         ModelError: the model cannot be found, read or used for the task.
-        DependencyError: a GGUF file needs the ``gguf`` package.
+        DependencyError: a GGUF file needs the ``gguf`` package, a quantised base that of its backend.
     """
     _check_task(task, num_labels)
     torch_dtype = _parse_dtype(dtype)
+    backend = quantisation.resolve(quantization, quantization_backend)
     location = locate(name, revision=revision, progress=progress)
+    packing: dict[str, Any] = {}
+    if quantization != "none":
+        _check_packable(location, torch_dtype, quantization)
+        packing["quantization_config"] = quantisation.hub_config(quantization, backend, task, torch_dtype)
+        packing["device_map"] = {"": "cpu"} if device == "cpu" or not torch.cuda.is_available() else None
+    tokenizer = image_processor = pad_note = None
     with reading(location, progress):
-        tokenizer, pad_note = read_tokenizer(location, trust_remote_code)
+        if task == "image-classification":
+            image_processor = read_image_processor(location, trust_remote_code)
+        else:
+            tokenizer, pad_note = read_tokenizer(location, trust_remote_code)
         config = read_config(location, trust_remote_code)
         _set_head(config, location, task, num_labels)
-        model, new = _load_model(location, config, task, torch_dtype, trust_remote_code)
+        model, new = _load_model(location, config, task, torch_dtype, trust_remote_code, packing)
     model.eval()
-    _set_padding(model, tokenizer)
+    packed_weight.steady(model)
+    if tokenizer is not None:
+        _set_padding(model, tokenizer)
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
@@ -105,6 +147,8 @@ def load_base(
         revision=location.revision,
         pad_note=pad_note,
         new_parameters=new,
+        image_processor=image_processor,
+        quantisation=quantisation.measure(model),
     )
 
 
@@ -146,11 +190,21 @@ def reading(location: Location, progress: Progress) -> Iterator[None]:
 def _check_task(task: str, num_labels: int | None) -> None:
     if task not in TASKS:
         raise ModelError(describe("task", f"'{task}'", f"one of {', '.join(TASKS)}", did_you_mean(task, TASKS)))
-    if task != "classification" and num_labels not in (None, 1):
+    if task not in _CLASSES_TASKS and num_labels not in (None, 1):
         got = f"num_labels={num_labels} with task '{task}'"
         raise ModelError(describe("num_labels", got, "labels only for classification", "leave it out"))
     if num_labels is not None and num_labels < 1:
         raise ModelError(describe("num_labels", str(num_labels), "a number of classes above 0", "mend it"))
+
+
+def _check_packable(location: Location, dtype: torch.dtype | str, quantization: str) -> None:
+    if location.source == "gguf":
+        got = f"a GGUF file with quantization '{quantization}'"
+        do = "save it as a folder first (load_base(...).model.save_pretrained), and its tokenizer beside it"
+        raise ModelError(describe(location.name, got, "a transformers folder or a Hub id", do))
+    if dtype == torch.float64 or isinstance(dtype, str):
+        got = f"{str(dtype).removeprefix('torch.')} with quantization '{quantization}'"
+        raise ModelError(describe("dtype", got, "float32, bfloat16 or float16, to compute in", "name one of them"))
 
 
 def _parse_dtype(dtype: str | torch.dtype) -> torch.dtype | str:
@@ -197,6 +251,24 @@ def read_tokenizer(location: Location, trust_remote_code: bool) -> tuple[Any, st
     return tokenizer, f"the tokenizer has no padding token; its {kind} token '{tokenizer.pad_token}' pads"
 
 
+def read_image_processor(location: Location, trust_remote_code: bool) -> Any:
+    """The image processor, by Pillow: torchvision's rounds otherwise, and need not be installed.
+
+    Raises:
+        ModelError: the model has none, or it cannot be read.
+    """
+    require("PIL", "train")
+    from transformers import AutoImageProcessor
+
+    try:
+        with quiet(bars=not location.cached):
+            return AutoImageProcessor.from_pretrained(
+                location.target, backend="pil", trust_remote_code=trust_remote_code, **location.options
+            )
+    except Exception as error:
+        raise _readable(error, location, "its image processor") from error
+
+
 def read_config(location: Location, trust_remote_code: bool) -> Any:
     """The transformers config.
 
@@ -216,16 +288,16 @@ def read_config(location: Location, trust_remote_code: bool) -> Any:
 
 
 def _set_head(config: Any, location: Location, task: str, num_labels: int | None) -> None:
-    """Give the config a sequence head of the right width; nothing for a causal language model."""
+    """Give the config a head of the right width; nothing for a language model."""
     if task == "regression":
         config.num_labels, config.problem_type = 1, "regression"
-    elif task == "classification" and num_labels is not None:
+    elif task in _CLASSES_TASKS and num_labels is not None:
         # Setting the number anew replaces the file's names of labels, so an equal number keeps them.
         if config.num_labels != num_labels:
             config.num_labels = num_labels
         config.problem_type = "single_label_classification"
-    elif task == "classification" and not any(
-        name.endswith("ForSequenceClassification") for name in config.architectures or []
+    elif task in _CLASSES_TASKS and not any(
+        name.endswith(("ForSequenceClassification", "ForImageClassification")) for name in config.architectures or []
     ):
         do = "say how many classes there are: num_labels"
         raise ModelError(describe(location.name, "no classification head in the file", "a number of classes", do))
@@ -237,11 +309,12 @@ def _load_model(
     task: str,
     dtype: torch.dtype | str,
     trust_remote_code: bool,
+    packing: dict[str, Any],
 ) -> tuple[Any, tuple[str, ...]]:
     """The model, and the names of the parameters that were not in the file."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    kind: Any = AutoModelForCausalLM if task == "causal-lm" else AutoModelForSequenceClassification
+    kind: Any = getattr(transformers, AUTO_CLASSES[task])
     safe = {} if location.source == "gguf" else {"use_safetensors": True}
     try:
         with quiet(bars=not location.cached, stderr=location.source == "gguf"), torch.random.fork_rng(devices=[]):
@@ -252,8 +325,9 @@ def _load_model(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=task != "causal-lm",
+                ignore_mismatched_sizes=task in _HEAD_TASKS,
                 **safe,
+                **packing,
                 **location.options,
             )
     except Exception as error:
@@ -270,7 +344,7 @@ def _check_complete(model: Any, new: tuple[str, ...], location: Location, task: 
     """Refuse a file that lacks weights of the model proper: transformers would fill them with random numbers."""
     body = f"{model.base_model_prefix}."
     # BERT's pooler belongs to the sequence head, though it lives in the body.
-    lacking = [key for key in new if task == "causal-lm" or (key.startswith(body) and ".pooler." not in key)]
+    lacking = [key for key in new if task not in _HEAD_TASKS or (key.startswith(body) and ".pooler." not in key)]
     if lacking:
         shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
         got = f"{len(lacking)} weights are not in the file ({shown})"

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leantune.core import packed_weight
 from leantune.core.errors import ModelError, describe
 
 
@@ -49,6 +50,10 @@ def base_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Ten
         prefix: put before every name.
     """
     module = _unwrap(module)
+    if packed_weight.is_packed(module):
+        # Its scales stand beside the parameter, and they decide its values as much.
+        yield from packed_weight.parts(module, prefix)
+        return
     for name, parameter in module._parameters.items():
         if parameter is not None:
             yield prefix + name, parameter
@@ -69,7 +74,8 @@ def _raw_bytes(tensor: Tensor) -> memoryview:
 def content_hash(model: nn.Module) -> str:
     """SHA-256 over the base model's (name, dtype, shape, bytes), sorted by name.
 
-    Adapter parameters, and the names that wrappers add, do not count. Tensors that share memory (tied
+    Of a quantised base the packed bytes and the scales count, as its library keeps them: the hash is of one format of
+    one library. Adapter parameters, and the names that wrappers add, do not count. Tensors that share memory (tied
     embeddings) count once, under the first of their names. The dtype counts: the same file loaded in bfloat16
     and in float32 gives two hashes.
 

@@ -115,6 +115,8 @@ def check_folder(folder: Path) -> None:
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in folder.glob(kind))
         raise ModelError(_no_safetensors(str(folder), pickled))
+    if (folder / "preprocessor_config.json").is_file():
+        return
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model")
     if not any((folder / name).is_file() for name in names):
         raise ModelError(
