@@ -197,6 +197,14 @@ def test_a_base_is_permuted_once() -> None:
         model.add_adapter("other", config)
 
 
+def test_plain_layers_have_no_order_and_take_any_number_of_adapters() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), S2FTConfig(target_modules=["0", "1"], permute=True)
+    )
+    model.add_adapter("second", S2FTConfig(target_modules=["0", "1"], permute=True, seed=1))
+    assert {name for name, _ in model.named_parameters() if ".second." in name}
+
+
 def test_a_file_of_another_choice_is_refused_over_a_permuted_base(tmp_path: Path) -> None:
     model = wrap(tiny.model("llama"), permute=False, seed=1)
     model.save_pretrained(tmp_path)

@@ -97,8 +97,9 @@ class BasePermutation:
         Raises:
             TargetError: the base is permuted otherwise, occupied, or quantised; nothing has been changed.
         """
-        if self.layout and same_layout(layout, self.layout):
-            # A further adapter with the same choice, as a reference model's, finds the base as it needs it.
+        if same_layout(layout, self.layout):
+            # A further adapter with the same choice, as a reference model's, finds the base as it needs it; and a
+            # model of plain layers alone has no order that could matter.
             return
         if self.layout or occupied:
             permuted = "this base is permuted for another adapter"
