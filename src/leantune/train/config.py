@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from leantune.core.errors import ConfigError, MethodError, describe, did_you_mean, raise_all
 from leantune.train.option import method_options, user_options
@@ -77,9 +77,23 @@ class RunConfig(BaseModel):
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints to keep; older ones are removed")
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations; null means once, at the end")
     log_steps: int = Field(10, ge=1, description="Steps between lines on the screen; metrics.jsonl has every step")
+    report_to: list[str] = Field(
+        default_factory=list,
+        description="Trackers that get every step: tensorboard, wandb, trackio, mlflow, ... or all that are installed",
+    )
+    run_name: str | None = Field(None, description="Name of the run in trackers; null means the run folder's")
     overwrite: bool = Field(False, description="Replace a run that is already in the run folder")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the base model")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub model")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """``wandb,mlflow`` as a list; none as an empty one."""
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",")]
+        is_list = isinstance(value, (list, tuple))
+        return [name for name in value if str(name) not in _NOTHING] if is_list else value if value else []
 
     def __init__(self, **values: Any) -> None:
         problems: list[str] = []

@@ -23,6 +23,7 @@ from leantune.train.folder import ADAPTER, CHECKPOINTS, CONFIG, MODEL, PICTURE
 from leantune.train.meter import Meter
 from leantune.train.record import METRICS, RECORD, plain
 from leantune.train.setup import Prepared, prepare
+from leantune.train.tracker import check_trackers
 from leantune.train.trainer import LeanTrainer
 
 # Batches put together to count padding; the share hardly moves after so many.
@@ -48,8 +49,10 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     """
     config = config.model_copy(update={"lr": config.learning_rate})
     _check_writable(Path(config.out))
+    check_trackers(config.report_to)
+    # A tracker may write as soon as a trainer has it, so this one gets none.
     with tempfile.TemporaryDirectory(prefix="leantune-dry-run-") as scratch:
-        prepared = prepare(config, checkpoints=Path(scratch))
+        prepared = prepare(config.model_copy(update={"report_to": []}), checkpoints=Path(scratch))
         known = summaries.before(config, prepared.base, prepared.model, prepared.examples)
         steps = _steps(prepared.trainer)
         trained = {name: each for name, each in prepared.model.named_parameters() if each.requires_grad}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from leantune.core.errors import MethodError, describe
 from leantune.data import (
@@ -25,6 +25,7 @@ from leantune.models import BaseModel, load_base
 from leantune.train.config import RunConfig
 from leantune.train.folder import CHECKPOINTS, check_vacant
 from leantune.train.option import user_options
+from leantune.train.tracker import RunArguments, check_trackers, place_logs
 from leantune.train.trainer import LeanTrainer
 
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
@@ -71,17 +72,20 @@ class Prepared:
     trainer: LeanTrainer
 
 
-def prepare(config: RunConfig, *, checkpoints: Path | None = None) -> Prepared:
+def prepare(config: RunConfig, *, checkpoints: Path | None = None, resume: bool = False) -> Prepared:
     """All that comes before the first step, the same for a run and for its dry run.
 
     Args:
         config: the settings, learning rate resolved.
         checkpoints: where the trainer may make its folder; the run's own unless given.
+        resume: the folder holds this very run.
 
     Raises:
         LeantuneError: the run folder is occupied, or the data, the model or the method's options are not as they must.
     """
-    check_vacant(config.out, config.overwrite)
+    if not resume:
+        check_vacant(config.out, config.overwrite)
+    check_trackers(config.report_to)
     set_seed(config.seed)
     rows = read_data(config)
     base = load_model(config, config.model, rows.label_names)
@@ -191,7 +195,7 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
     if examples.evaluation is not None:
         # The loss does not depend on their order, the padding does.
         evaluation = sorted(examples.evaluation, key=lambda example: len(example["input_ids"]))
-    return LeanTrainer(
+    trainer = LeanTrainer(
         model,
         plan=plan,
         task=config.task,
@@ -202,6 +206,8 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
         eval_dataset=evaluation,
         data_collator=collator_of(base, plan),
     )
+    place_logs(trainer, config.out)
+    return trainer
 
 
 def collator_of(base: BaseModel, plan: TrainingPlan) -> Collator:
@@ -209,8 +215,8 @@ def collator_of(base: BaseModel, plan: TrainingPlan) -> Collator:
     return Collator(base.tokenizer.pad_token_id, plan.batch_columns)
 
 
-def _arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:
-    return TrainingArguments(
+def _arguments(config: RunConfig, checkpoints: Path) -> RunArguments:
+    return RunArguments(
         output_dir=str(checkpoints),
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
@@ -235,7 +241,9 @@ def _arguments(config: RunConfig, checkpoints: Path) -> TrainingArguments:
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to="none",
+        report_to=config.report_to or "none",
+        run_name=config.run_name or config.out.absolute().name,
+        run_settings=config.model_dump(mode="json"),
         disable_tqdm=True,
         use_cpu=config.device == "cpu",
         dataloader_num_workers=0,
