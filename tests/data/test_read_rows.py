@@ -100,8 +100,8 @@ BAD_FILES: dict[str, tuple[bytes, list[str]]] = {
     "one reference": (b'{"prompt": "a", "completion": "b", "references": ["c", 1]}\n', ["'references[1]' is int 1;"]),
     "half a pair": (b'{"prompt": "a", "completion": "\\ud83d"}\n', ["'completion' holds half a surrogate pair"]),
     "columns": (
-        b'{"input": "a", "output": "b"}\n',
-        ["{path}:1: columns 'input', 'output'", "'prompt' and 'completion'"],
+        b'{"input": "a", "said": "b"}\n',
+        ["{path}:1: columns 'input', 'said'", "'prompt' and 'completion'", "--columns prompt=COLUMN"],
     ),
     "not JSON": (b'{"prompt": }\n{"prompt": "a", "completion": "b"}\n', ["{path}:1: not JSON (Expecting value at col"]),
     "a list": (b'[{"prompt": "a", "completion": "b"}]\n', ["{path}:1: a list; one JSON object on each line"]),
@@ -179,9 +179,10 @@ def test_missing_file_suggests_a_neighbour(tmp_path: Path) -> None:
 def test_wrong_names(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, GOOD, name="rows.jsonnl")
     text = message_of(path)
-    assert "suffix '.jsonnl'; a data file ending in .jsonl or .ndjson or .parquet; did you mean '.jsonl'?" in text
-    assert "a folder; a data file" in message_of(tmp_path)
-    assert "file type 'jsonk'; a known file type; did you mean 'jsonl'?" in message_of(path, reader="jsonk")
+    assert "suffix '.jsonnl'; a data file ending in .csv or .json or .jsonl or .ndjson or .parquet or .tab" in text
+    assert "did you mean '.jsonl'?" in text
+    assert "a folder without data files; files ending in .csv or" in message_of(tmp_path)
+    assert "file type 'parket'; a known file type; did you mean 'parquet'?" in message_of(path, reader="parket")
     assert "format 'mesages'; a known format; did you mean 'messages'?" in message_of(
         path, reader="jsonl", format="mesages"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +14,16 @@ Label = str | int | float
 class Row:
     """One row, and the place it came from.
 
-    A row is of one layout: ``prompt`` and ``completion``, or ``messages``, or ``text`` (and ``text_pair``) with
-    ``label``.
+    A row is of one kind: ``prompt`` and ``completion``, or ``messages``, or ``text`` (and ``text_pair``) with
+    ``label``, or ``text`` alone. A row of instruction and output (Alpaca) has ``messages`` for a tokenizer with a chat
+    template and ``prompt`` and ``completion`` for one without.
 
     Attributes:
         where: file and line (``train.jsonl:12``) or file and row (``train.parquet row 12``), counted from one.
         prompt: what the model is given.
         completion: what it should say.
         messages: an OpenAI-style conversation, each message with ``role`` and ``content``.
-        text: the text to classify or score.
+        text: the text to classify or score; without a label, a text to learn as a whole.
         text_pair: the second text of a pair task.
         label: class name, class number, or (regression) a number.
         references: further right answers beside ``completion``.
@@ -38,6 +40,17 @@ class Row:
     references: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_plain_text(self) -> bool:
+        """Whether the row is a text to learn as a whole."""
+        return self.text is not None and self.label is None
+
+    def asked(self) -> str:
+        """What the row asks, as a key: rows with the same one are the same question with perhaps another answer."""
+        if self.messages is not None:
+            return json.dumps(self.messages[: self.last_assistant()], sort_keys=True, default=str)
+        return json.dumps([self.prompt, self.text, self.text_pair])
+
     def last_assistant(self) -> int:
         """Position in ``messages`` of the last assistant turn.
 
@@ -51,9 +64,9 @@ class Row:
         raise ValueError(f"{self.where} has no assistant turn")
 
     def answers(self) -> list[str]:
-        """The completion (or last assistant turn) first, then the other references, each text once."""
+        """The completion (or last assistant turn, or plain text) first, then the other references, each text once."""
         if self.messages is not None:
             first = self.messages[self.last_assistant()].get("content") or ""
         else:
-            first = self.completion or ""
+            first = self.completion or self.text or ""
         return list(dict.fromkeys([first, *self.references]))

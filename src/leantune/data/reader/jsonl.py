@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from leantune.data.problem import Problems
-from leantune.data.reader import Reader, Record, register
+from leantune.data.reader import Reader, Record, lines_of, register
 
-_KINDS = {
+KINDS = {
     list: "a list",
     str: "a string",
     bool: "true or false",
@@ -41,7 +41,7 @@ def _parse(line: str, where: str, is_torn: bool, problems: Problems) -> dict[str
     if not isinstance(value, dict):
         do = "write the list's items as lines of their own" if isinstance(value, list) else "mend or delete the line"
         problems.add(
-            where, _KINDS[type(value)], 'one JSON object on each line, as {"prompt": ..., "completion": ...}', do
+            where, KINDS[type(value)], 'one JSON object on each line, as {"prompt": ..., "completion": ...}', do
         )
         return None
     return value
@@ -52,25 +52,14 @@ def read(path: Path, problems: Problems) -> Iterator[Record]:
 
     Lines end at ``\\n`` alone: JSON strings may hold the other Unicode line breaks.
     """
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            where = f"{path}:{number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                problems.add(
-                    where,
-                    f"byte 0x{raw[error.start]:02x} at column {error.start + 1} is not UTF-8",
-                    "UTF-8 text",
-                    "save the file as UTF-8",
-                )
-                continue
-            if not line.strip():
-                continue
-            # Only the last line can lack its line break, and a cut file nearly always ends inside a line.
-            columns = _parse(line, where, not line.endswith("\n"), problems)
-            if columns is not None:
-                yield Record(where, columns)
+    for number, line, is_good in lines_of(path, problems):
+        if not is_good or not line.strip():
+            continue
+        where = f"{path}:{number}"
+        # Only the last line can lack its line break, and a cut file nearly always ends inside a line.
+        columns = _parse(line, where, not line.endswith("\n"), problems)
+        if columns is not None:
+            yield Record(where, columns)
 
 
-register(Reader(name="jsonl", suffixes=(".jsonl", ".ndjson"), read=read))
+register(Reader(name="jsonl", suffixes=(".jsonl", ".ndjson"), read=read, compressed=True))
