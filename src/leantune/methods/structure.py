@@ -2,8 +2,9 @@
 
 S2FT, section 3.1: a weight that feeds an activation alone, and a weight that reads it alone, are coupled through it.
 In a transformer block that gives two structures: attention (query, key, value rows; output columns; unit: a head) and
-the feed-forward network (gate, up rows; down columns; unit: a channel). A layer that no family below knows is a
-structure of its own: its input columns, one by one.
+the feed-forward network (gate, up rows; down columns; unit: a channel). Here they are found by the names of the
+layers; ``_tracer`` finds them in any model. A layer that neither knows is a structure of its own: its input columns,
+one by one.
 
 With grouped-query attention one key/value head serves ``group = heads / kv_heads`` query heads. Columns of the
 output projection and rows of the query projection can be chosen by query head; a choice that must hold for key or
@@ -12,20 +13,25 @@ value rows too is made by whole groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from leantune.core.errors import TargetError, describe
 from leantune.kernels.partial_linear import Axis
+from leantune.methods._family import Fused, Kind, Role, default_targets, places
 
-Kind = Literal["attention", "ffn", "plain"]
-Role = Literal["query", "key", "value", "output", "up", "down", "channel"]
+__all__ = ["HeadLayout", "Kind", "Part", "Role", "Structure", "default_targets", "find_structures", "stored", "thaw"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """The share of one module in a structure: ``units`` runs of ``size`` consecutive entries along ``axis``.
+    """The share of one module in a structure: ``units`` stretches of ``size`` entries along ``axis``.
+
+    Unit ``u`` begins at ``offset + (u // run) * stride + (u % run) * size``; without ``run``, units stand side by side.
 
     Attributes:
         module: its path in the model.
@@ -35,6 +41,9 @@ class Part:
         size: entries in a unit (the head dimension, or 1).
         offset: where the first unit begins (a fused query-key-value layer has three parts).
         width: length of the other axis, which is the number of parameters of one entry.
+        run: how many units stand side by side before other rows come between (a fused layer that keeps the query,
+            key and value rows of each head together), or None where all do.
+        stride: from the start of one such run to the start of the next.
     """
 
     module: str
@@ -44,11 +53,21 @@ class Part:
     size: int
     offset: int
     width: int
+    run: int | None = None
+    stride: int | None = None
 
     @property
     def unit_parameters(self) -> int:
         """Parameters of one unit."""
         return self.size * self.width
+
+    def entries(self, chosen: Tensor, things: int) -> Tensor:
+        """The entries that belong to the ``chosen`` of ``things`` heads, groups or channels, int64, in that order."""
+        each = self.units // things
+        unit = (chosen[:, None] * each + torch.arange(each)).flatten()
+        run, stride = self.run or self.units, self.stride or 0
+        starts = self.offset + unit // run * stride + unit % run * self.size
+        return (starts[:, None] + torch.arange(self.size)).flatten()
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,8 @@ class Structure:
         parts: its parts; all of them as found, fewer once narrowed to what trains.
         whole_groups: how many key/value groups there are, where a choice must be made by whole groups although only
             query heads train (a permutation needs it); None otherwise.
+        permutable: whether its units can be reordered without a change of the function. Not where something outside
+            of the parts belongs to each unit: a bias of position, a batch norm.
     """
 
     block: str
@@ -69,6 +90,7 @@ class Structure:
     units: int
     parts: tuple[Part, ...]
     whole_groups: int | None = None
+    permutable: bool = True
 
     @property
     def choices(self) -> int:
@@ -101,51 +123,6 @@ class HeadLayout:
         return cls(heads, getattr(text, "num_key_value_heads", None) or heads, head_dim)
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where a family of models keeps the layers of a block, as path suffixes.
-
-    Attributes:
-        attention: suffix of each projection of the attention; "qkv" is the fused one.
-        ffn: suffix of each layer of the feed-forward network.
-        default_targets: the output side of both structures, which the paper trains.
-    """
-
-    attention: Mapping[str, Role | Literal["qkv"]]
-    ffn: Mapping[str, Role]
-    default_targets: tuple[str, ...]
-
-
-FAMILIES: dict[str, Family] = {
-    # Llama, Mistral, Qwen2, Qwen3, Gemma and all that kept Llama's names
-    "llama": Family(
-        attention={
-            "self_attn.q_proj": "query",
-            "self_attn.k_proj": "key",
-            "self_attn.v_proj": "value",
-            "self_attn.o_proj": "output",
-        },
-        ffn={"mlp.gate_proj": "up", "mlp.up_proj": "up", "mlp.down_proj": "down"},
-        default_targets=("o_proj", "down_proj"),
-    ),
-    "gpt2": Family(
-        attention={"attn.c_attn": "qkv", "attn.c_proj": "output"},
-        ffn={"mlp.c_fc": "up", "mlp.c_proj": "down"},
-        default_targets=("c_proj",),
-    ),
-    # BERT, RoBERTa
-    "bert": Family(
-        attention={
-            "attention.self.query": "query",
-            "attention.self.key": "key",
-            "attention.self.value": "value",
-            "attention.output.dense": "output",
-        },
-        ffn={"intermediate.dense": "up", "output.dense": "down"},
-        default_targets=("attention.output.dense", "output.dense"),
-    ),
-}
-
 _AXES: dict[str, Axis] = {
     "query": "out",
     "key": "out",
@@ -157,48 +134,27 @@ _AXES: dict[str, Axis] = {
 }
 
 
-def _match(path: str) -> tuple[Kind, str, str] | None:
-    """``(kind, role, block)`` of a module path; the longest suffix wins (``attention.output.dense`` ends in
-    ``output.dense``)."""
-    best: tuple[int, Kind, str, str] | None = None
-    for family in FAMILIES.values():
-        kinds: tuple[tuple[Kind, Mapping[str, str]], ...] = (("attention", family.attention), ("ffn", family.ffn))
-        for kind, suffixes in kinds:
-            for suffix, role in suffixes.items():
-                if path.endswith(f".{suffix}") and (best is None or len(suffix) > best[0]):
-                    best = (len(suffix), kind, role, path[: -len(suffix) - 1])
-    return best[1:] if best else None
-
-
-def default_targets(paths: list[str]) -> tuple[str, ...]:
-    """The modules that S2FT trains by default: the output side of every family found among ``paths``."""
-    found: list[str] = []
-    for family in FAMILIES.values():
-        suffixes = [*family.attention, *family.ffn]
-        if any(path.endswith(f".{suffix}") for path in paths for suffix in suffixes):
-            found += [target for target in family.default_targets if target not in found]
-    return tuple(found)
-
-
-def _attention_parts(path: str, role: str, shape: tuple[int, int], layout: HeadLayout) -> list[Part]:
+def _attention_parts(path: str, role: Role | Fused, shape: tuple[int, int], layout: HeadLayout) -> list[Part]:
     out, width_in = shape
     d = layout.head_dim
 
-    def part(name: Role, units: int, offset: int = 0) -> Part:
+    def part(name: Role, units: int, offset: int = 0, stride: int | None = None) -> Part:
         axis = _AXES[name]
-        return Part(path, name, axis, units, d, offset, out if axis == "in" else width_in)
+        width = out if axis == "in" else width_in
+        return Part(path, name, axis, units, d, offset, width, None if stride is None else 1, stride)
 
     if role == "qkv":
         query, key = layout.heads * d, layout.kv_heads * d
         parts = [part("query", layout.heads), part("key", layout.kv_heads, query)]
         parts.append(part("value", layout.kv_heads, query + key))
-        wanted = query + 2 * key
-        have = out
+    elif role == "qkv by head":
+        names: tuple[Role, ...] = ("query", "key", "value")
+        parts = [part(name, layout.heads, number * d, 3 * d) for number, name in enumerate(names)]
     else:
-        units = layout.kv_heads if role in ("key", "value") else layout.heads
-        parts = [part(role, units)]  # type: ignore[arg-type]
-        wanted = units * d
-        have = width_in if parts[0].axis == "in" else out
+        assert role != "gate and up", f"{path}: a feed-forward layer in an attention"
+        parts = [part(role, layout.kv_heads if role in ("key", "value") else layout.heads)]
+    wanted = sum(each.units for each in parts) * d
+    have = width_in if parts[0].axis == "in" else out
     if have != wanted:
         raise TargetError(
             describe(
@@ -224,21 +180,49 @@ def find_structures(linears: Mapping[str, tuple[int, int]], layout: HeadLayout |
     Raises:
         TargetError: a projection's size does not fit the heads of the config.
     """
+    known = places(linears)
     groups: dict[tuple[str, Kind], list[Part]] = {}
+    bound = set()
     for path, (out, width_in) in linears.items():
-        matched = _match(path)
-        if matched is None or (matched[0] == "attention" and layout is None):
-            groups[(path, "plain")] = [Part(path, "channel", "in", width_in, 1, 0, out)]
+        place = known.get(path)
+        if place is None or (place.kind == "attention" and layout is None):
+            groups[(path, "plain")] = [plain_part(path, out, width_in)]
             continue
-        kind, role, block = matched
-        parts = groups.setdefault((block, kind), [])
-        if kind == "attention" and layout is not None:
-            parts += _attention_parts(path, role, (out, width_in), layout)
+        parts = groups.setdefault((place.block, place.kind), [])
+        if place.bound:
+            bound.add((place.block, place.kind))
+        if place.kind == "attention" and layout is not None:
+            parts += _attention_parts(path, place.role, (out, width_in), layout)
+        elif place.role == "gate and up":
+            parts += [Part(path, "up", "out", out // 2, 1, half * (out // 2), width_in) for half in range(2)]
         else:
+            role: Role = place.role  # type: ignore[assignment]
             axis = _AXES[role]
             units, width = (width_in, out) if axis == "in" else (out, width_in)
-            parts.append(Part(path, role, axis, units, 1, 0, width))  # type: ignore[arg-type]
+            parts.append(Part(path, role, axis, units, 1, 0, width))
     return [
-        Structure(block, kind, max(part.units for part in parts), tuple(parts))
+        Structure(block, kind, max(part.units for part in parts), tuple(parts), permutable=(block, kind) not in bound)
         for (block, kind), parts in groups.items()
     ]
+
+
+def plain_part(path: str, out: int, width_in: int, size: int = 1) -> Part:
+    """Input channels of a layer of no known structure; a convolution's have ``size`` columns each."""
+    return Part(path, "channel", "in", width_in // size, size, 0, out)
+
+
+def stored(structures: Iterable[Structure]) -> list[dict[str, Any]]:
+    """Structures as JSON; defaults are left out."""
+    found = []
+    for each in structures:
+        parts = [
+            {field.name: value for field in fields(part) if (value := getattr(part, field.name)) is not None}
+            for part in each.parts
+        ]
+        found.append({**asdict(each), "parts": parts})
+    return found
+
+
+def thaw(found: Iterable[Mapping[str, Any]]) -> list[Structure]:
+    """Structures that :func:`stored` wrote."""
+    return [Structure(**{**each, "parts": tuple(Part(**part) for part in each["parts"])}) for each in found]
