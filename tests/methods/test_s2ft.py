@@ -402,7 +402,7 @@ def test_two_budgets_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"selection": "wieght"}, r"S2FTConfig.selection: 'wieght'; one of random, weight; did you mean 'weight'\?"),
+        ({"selection": "wieght"}, r"S2FTConfig.selection: 'wieght'; one of random, weight, activation, product, gradient; did you mean 'weight'\?"),
         ({"order": "biggest"}, r"S2FTConfig.order: 'biggest'; one of largest, smallest"),
         ({"coupling": "share"}, r"did you mean 'shared'\?"),
         ({"ratio": 0.0}, r"S2FTConfig.ratio: 0.0; a share in \(0, 1\]"),

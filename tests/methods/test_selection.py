@@ -226,7 +226,12 @@ def _weights(seed: int = 0) -> dict[str, Tensor]:
 def _choose(structure: Structure, count: int, **options: object) -> list[int]:
     given_options = {"side": "both", "selection": "weight", "order": "largest", "seed": 0, **options}
     weights = _weights()
-    return choose_units(structure, count, weight_of=lambda path: weights[path], **given_options).tolist()  # type: ignore[arg-type]
+
+    def squares(measure: str, path: str, axis: str) -> Tensor:
+        assert measure == "weight"
+        return weights[path].double().square().sum(0 if axis == "in" else 1)
+
+    return choose_units(structure, count, squares=squares, **given_options).tolist()  # type: ignore[arg-type]
 
 
 def _naive_ranking(names: tuple[str, ...], kind: str) -> list[int]:

@@ -11,72 +11,27 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from leantune.core import packed_weight
-from leantune.core.errors import ConfigError, TargetError, describe, did_you_mean
+from leantune.core.errors import TargetError, describe, did_you_mean
+from leantune.methods._config import AdapterConfig as AdapterConfig
+from leantune.methods._initialization import StartingLayer, StartingModel
 from leantune.methods.structure import default_targets
 
 BASE_ROW = "__base__"
 """Name in ``adapter_names`` of a row that takes no adapter (PEFT's spelling)."""
 
 
-@dataclass
-class AdapterConfig(PeftConfig):
-    """Options that every adapter layer of ours has, with PEFT's names and meaning."""
-
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to adapt (path endings), a regular expression, or 'all-linear'. "
-            "Default: what the method's paper trains, where the model's family is known."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of modules to leave out."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules to train whole and save beside the adapter, e.g. a classifier head."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt; default: all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of blocks, where layers_to_transform needs it."}
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "True starts from the base model's function; False starts from noise (for tests)."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                setattr(self, name, set(value))
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                describe(
-                    type(self).__name__,
-                    "layers_pattern without layers_to_transform",
-                    "both or none",
-                    "When `layers_pattern` is specified, `layers_to_transform` must also be specified.",
-                )
-            )
-
-
-class AdapterLayer(nn.Module, BaseTunerLayer):
+class AdapterLayer(StartingLayer, nn.Module, BaseTunerLayer):
     """A linear base layer with adapters beside it; the base weight is written by :meth:`merge` alone.
 
     A method's layer names its containers in ``adapter_layer_names`` (``ModuleDict``s keyed by adapter) and gives
@@ -178,6 +133,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         active = [name for name in self.active_adapters if self.has(name)]
+        if self.training:
+            self.require_start(active)
         if self.quantization_backend is not None and self.training:
             # Some hosts cast what trains beside a quantised base to 16 bits, after the adapter was made.
             self._widen(active)
@@ -247,6 +204,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if not self.has(name):
                 continue
+            self.require_start([name])
             with torch.no_grad():
                 self._merge_one(name, safe_merge)
             self.merged_adapters.append(name)
@@ -308,7 +266,7 @@ def _pass_adapter_names(
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-class AdapterModel(BaseTuner):
+class AdapterModel(StartingModel):
     """Injects a method's layer into a model. A method sets ``prefix`` and ``tuner_layer_cls``, no more."""
 
     # Read by PEFT; our defaults come from the structures that are found in the model.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,13 +40,13 @@ def choose(
     config: Any,
     shapes: Mapping[str, tuple[int, int]],
     heads: HeadLayout | None,
-    weight_of: Callable[[str], Tensor],
+    squares: selecting.Squares,
 ) -> Choice:
     """Choose heads and channels of every block; arguments as :func:`_choose_block`, ``heads`` from the config."""
     choice = Choice()
     structures = sorted(find_structures(shapes, heads), key=lambda each: each.block)
     for _, block in itertools.groupby(structures, key=lambda each: each.block):
-        _choose_block(choice, list(block), targets, config, shapes, weight_of)
+        _choose_block(choice, list(block), targets, config, shapes, squares)
     return choice
 
 
@@ -56,7 +56,7 @@ def _choose_block(
     targets: set[str],
     config: Any,
     shapes: Mapping[str, tuple[int, int]],
-    weight_of: Callable[[str], Tensor],
+    squares: selecting.Squares,
 ) -> None:
     """Add the heads and channels of one block to the choice.
 
@@ -66,7 +66,7 @@ def _choose_block(
         targets: paths of the modules that train.
         config: budget, selection, order, coupling, seed and permute are read.
         shapes: path -> (out, in).
-        weight_of: path -> weight (out, in), read by a choice by weight.
+        squares: what a ranking is made from.
     """
     narrowed = {each.kind: selecting.targeted(each, targets, whole_groups=config.permute) for each in structures}
     halves = {kind: selecting.sides(each, config.coupling) for kind, each in narrowed.items() if each.parts}
@@ -84,7 +84,8 @@ def _choose_block(
                 selection=config.selection,
                 order=config.order,
                 seed=config.seed,
-                weight_of=weight_of,
+                squares=squares,
+                whole=structure,
             )
             by_side[side] = chosen
             for part in half.parts:

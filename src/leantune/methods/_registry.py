@@ -19,6 +19,11 @@ from leantune.core.errors import MethodError, describe, did_you_mean
 from leantune.methods._plan import TrainingPlan
 
 
+def _never(config: Any) -> bool:
+    del config
+    return False
+
+
 def _empty_plan(model: nn.Module) -> TrainingPlan:
     del model
     return TrainingPlan()
@@ -37,7 +42,8 @@ class Method:
         is_adapter: it leaves an adapter file beside an untouched base (else a whole model).
         mergeable: its change can be written into the base weights.
         identity_at_init: the wrapped model equals the base bit for bit before the first step.
-        needs_batches: its start is computed from data.
+        needs_batches: ``(config) -> bool``: with this config the start is computed from data, by
+            ``leantune.initialize``.
         lora_form: its change is exactly ``B A`` with factors from ``AdapterLayer.lora_factors``.
         default_learning_rate: where a run starts when no rate is given.
         trainable_parameters: ``(config, out_features, in_features) -> count`` for one linear layer.
@@ -57,7 +63,7 @@ class Method:
     is_adapter: bool = True
     mergeable: bool = True
     identity_at_init: bool = True
-    needs_batches: bool = False
+    needs_batches: Callable[[Any], bool] = _never
     lora_form: bool = True
     default_learning_rate: float = 1e-3
     plan: Callable[[nn.Module], TrainingPlan] = _empty_plan

@@ -14,9 +14,22 @@ from torch import Tensor
 from leantune.kernels.partial_linear import Axis
 from leantune.methods.structure import Part, Structure
 
-Selection = Literal["random", "weight"]
+Selection = Literal["random", "weight", "activation", "product", "gradient"]
 Order = Literal["largest", "smallest"]
 Coupling = Literal["shared", "independent"]
+Measure = Literal["weight", "activation", "gradient"]
+
+SELECTIONS: tuple[Selection, ...] = ("random", "weight", "activation", "product", "gradient")
+CALIBRATED: tuple[Selection, ...] = ("activation", "product", "gradient")
+"""The selections that a forward, or a forward and a backward, over calibration rows decides."""
+
+Squares = Callable[[Measure, str, Axis], Tensor]
+"""``(measure, module path, axis)`` -> the sum of squares of each entry along the axis, float64 ``(entries,)``:
+
+- weight: of the columns ("in") or rows ("out") of ``W (out, in)``;
+- activation: of the module's input ("in") or output ("out"), over the calibration tokens;
+- gradient: of the columns or rows of ``dL/dW``, ``L`` the loss over all calibration rows.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,12 +37,14 @@ class Slice:
     """What trains of one module: input columns ("in") or output rows ("out") at the entries ``index``.
 
     ``index`` counts in the layout of the checkpoint; ``position`` says where those entries stand now, when the base
-    has been permuted: a run, or None for the checkpoint's own layout.
+    has been permuted: a run, or None for the checkpoint's own layout. A provisional slice holds the place of one that
+    calibration rows will choose.
     """
 
     axis: Axis
     index: Tensor
     position: Tensor | slice | None = None
+    provisional: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,16 +145,34 @@ def _generator(*words: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _weight_scores(structure: Structure, weight_of: Callable[[str], Tensor]) -> Tensor:
-    """Euclidean norm of each choosable thing's weights over all parts, ``(choices,)``."""
+def _norms(measure: Measure, structure: Structure, whole: Structure, squares: Squares) -> Tensor:
+    """Euclidean norm of each choosable thing by one measure, ``(choices,)``."""
     units = structure.choices
+    parts = structure.parts
+    if measure == "activation":
+        # What flows between both sides of a structure is the input of its output side, whether that trains or not.
+        parts = tuple(part for part in whole.parts if part.axis == "in") or parts
     total = torch.zeros(units, dtype=torch.float64)
-    for part in structure.parts:
-        weight = weight_of(part.module)
-        entries = weight.double().square().sum(0 if part.axis == "in" else 1).cpu()
-        used = entries[part.offset : part.offset + part.units * part.size]
+    for part in parts:
+        used = squares(measure, part.module, part.axis)[entries(part, torch.arange(units), units)]
         total += used.view(units, -1).sum(1)
     return total.sqrt()
+
+
+def unit_scores(structure: Structure, whole: Structure, selection: Selection, squares: Squares) -> Tensor:
+    """The score of each head, group or channel, float64 ``(choices,)``; arguments as :func:`choose_units`.
+
+    With ``W_u`` the weights of unit ``u`` in all targeted parts, ``a_u(t)`` the part of the structure's activation
+    that belongs to it, at token ``t``, and ``L`` the loss::
+
+        weight     ||W_u||                         product   ||W_u|| sqrt(sum_t ||a_u(t)||^2)
+        activation sqrt(sum_t ||a_u(t)||^2)        gradient  ||dL/dW_u||
+    """
+    if selection == "product":
+        return _norms("weight", structure, whole, squares) * _norms("activation", structure, whole, squares)
+    if selection == "random":
+        raise AssertionError("a random choice has no scores")
+    return _norms(selection, structure, whole, squares)
 
 
 def choose_units(
@@ -150,7 +183,8 @@ def choose_units(
     selection: Selection,
     order: Order,
     seed: int,
-    weight_of: Callable[[str], Tensor],
+    squares: Squares,
+    whole: Structure | None = None,
 ) -> Tensor:
     """Choose ``count`` of the structure's heads, groups or channels, sorted, int64 ``(count,)``.
 
@@ -158,24 +192,24 @@ def choose_units(
         structure: targeted parts only.
         count: how many.
         side: enters the seed, so that the two sides of an independent coupling draw apart.
-        selection: "random" draws uniformly; "weight" ranks by the norm of the weights.
+        selection: "random" draws uniformly, the others rank by :func:`unit_scores`.
         order: which end of the ranking, "largest" or "smallest".
         seed: of the random draw, together with the block's path.
-        weight_of: path -> the module's weight ``(out, in)``.
+        squares: what a ranking is made from.
+        whole: the structure with all its parts; default: there are no others.
     """
     units = structure.choices
     if selection == "random":
         drawn = torch.randperm(units, generator=_generator(seed, structure.block, structure.kind, side))[:count]
         return drawn.sort().values
-    scores = _weight_scores(structure, weight_of)
+    scores = unit_scores(structure, whole or structure, selection, squares)
     ranked = scores.sort(descending=order == "largest", stable=True).indices
     return ranked[:count].sort().values
 
 
 def entries(part: Part, chosen: Tensor, units: int) -> Tensor:
     """The entries of ``part`` that belong to the ``chosen`` of ``units`` things, int64."""
-    run = part.size * (part.units // units)
-    return (part.offset + chosen[:, None] * run + torch.arange(run)).flatten()
+    return part.entries(chosen, units)
 
 
 def sides(structure: Structure, coupling: Coupling) -> dict[str, Structure]:

@@ -18,24 +18,28 @@ The authors' code draws units over all layers at once, so some layers may get no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from leantune.core.errors import AdapterError, ConfigError, TargetError, describe, did_you_mean, raise_all
+from leantune.core.errors import ConfigError, TargetError, describe, did_you_mean, raise_all
 from leantune.kernels.partial_linear import Axis, add_slice, partial_linear
 from leantune.methods import _selection as selecting
 from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, linear_features
-from leantune.methods._choice import choose
+from leantune.methods._calibration import Calibration
+from leantune.methods._choice import Choice, choose
+from leantune.methods._evidence import Questions
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
 from leantune.methods._permutation import BasePermutation
 from leantune.methods._registry import Method, register
+from leantune.methods._slice import SliceDelta
 from leantune.methods.structure import HeadLayout, find_structures
 
-_CHOICES = {"selection": ("random", "weight"), "order": ("largest", "smallest"), "coupling": ("shared", "independent")}
+_CHOICES = {"selection": selecting.SELECTIONS, "order": ("largest", "smallest"), "coupling": ("shared", "independent")}
 
 
 @dataclass
@@ -65,7 +69,10 @@ class S2FTConfig(AdapterConfig):
     )
     selection: str = field(
         default="random",
-        metadata={"help": "How heads and channels are chosen: 'random', or 'weight' (by the norm of their weights)."},
+        metadata={
+            "help": "How heads and channels are chosen: 'random', 'weight' (by the norm of their weights), or from "
+            "calibration rows: 'activation', 'product' (weight times activation), 'gradient'."
+        },
     )
     order: str = field(
         default="largest", metadata={"help": "Which end of a ranking is taken: 'largest' or 'smallest'."}
@@ -128,53 +135,6 @@ class S2FTConfig(AdapterConfig):
         return selecting.Budget(ratio, self.heads, self.channels, self.match_lora_rank)
 
 
-class _SliceDelta(nn.Module):
-    """One adapter's trained slice, the entries it stands for, and where these stand in a permuted base."""
-
-    index: Tensor
-    position: Tensor | None
-
-    def __init__(self, shape: tuple[int, int], chosen: selecting.Slice) -> None:
-        super().__init__()
-        self.axis: Axis = chosen.axis
-        self.weight = nn.Parameter(torch.zeros(shape))
-        self.register_buffer("index", chosen.index)
-        # The checkpoint's layout is what a file holds; positions belong to this process.
-        self.run = chosen.position if isinstance(chosen.position, slice) else None
-        gathered = chosen.position if isinstance(chosen.position, Tensor) else None
-        self.register_buffer("position", gathered, persistent=False)
-
-    @property
-    def entries(self) -> Tensor | slice:
-        """The chosen entries as they stand in the base now."""
-        if self.run is not None:
-            return self.run
-        return self.index if self.position is None else self.position
-
-    def _resize(self, count: int) -> None:
-        if count == self.index.numel():
-            return
-        shape = (self.weight.shape[0], count) if self.axis == "in" else (count, self.weight.shape[1])
-        self.weight = nn.Parameter(self.weight.new_zeros(shape), requires_grad=self.weight.requires_grad)
-        self.index = self.index.new_zeros(count)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        stored = state_dict.get(prefix + "index")
-        if stored is not None and not torch.equal(stored.to(self.index.device), self.index):
-            # The file decides what was trained; the config's choice may have been drawn otherwise by another version.
-            if self.run is not None or self.position is not None:
-                raise AdapterError(
-                    describe(
-                        prefix + "index",
-                        "other entries than the base was permuted for",
-                        "the choice this adapter was trained with",
-                        "load it with permute=False",
-                    )
-                )
-            self._resize(stored.numel())
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
 class S2FTLinear(AdapterLayer):
     """A linear layer with trained slices beside it, one an adapter.
 
@@ -187,22 +147,30 @@ class S2FTLinear(AdapterLayer):
         super().__init__(base_layer, adapter_name, **kwargs)
         self.s2ft_slice = nn.ModuleDict()
 
-    def _own(self, adapter: str) -> _SliceDelta:
-        return cast(_SliceDelta, self.s2ft_slice[adapter])
+    def _own(self, adapter: str) -> SliceDelta:
+        return cast(SliceDelta, self.s2ft_slice[adapter])
 
     def update_layer(self, adapter_name: str, config: S2FTConfig, template: str | None, **kwargs: Any) -> None:
         """Create the zero slice (noise when ``init_weights`` is False) at the entries ``kwargs["chosen"]``."""
         chosen: selecting.Slice = kwargs["chosen"]
         if template is not None and template in self.s2ft_slice:
             twin = self._own(template)
-            chosen = selecting.Slice(twin.axis, twin.index.clone(), twin.run or twin.position)
+            chosen = selecting.Slice(twin.axis, twin.index.clone(), twin.run or twin.position, twin.waits)
         count = chosen.index.numel()
         shape = (self.out_features, count) if chosen.axis == "in" else (count, self.in_features)
-        own = _SliceDelta(shape, chosen)
+        own = SliceDelta(shape, chosen)
         if not config.init_weights:
             nn.init.normal_(own.weight, std=0.02)
         self.s2ft_slice[adapter_name] = own
         self.place(adapter_name, inference_mode=config.inference_mode)
+
+    def waits_for_data(self, adapter: str) -> bool:
+        """Whether the entries are still to be chosen."""
+        return adapter in self.s2ft_slice and self._own(adapter).waits
+
+    def choose(self, adapter: str, chosen: selecting.Slice) -> None:
+        """Give a waiting adapter its entries."""
+        self._own(adapter).place(chosen)
 
     def add_share(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
         """``result + D x[S]``, or ``result[S] += D x``."""
@@ -257,7 +225,7 @@ class S2FTModel(AdapterModel):
     def layer_options(self, config: S2FTConfig, path: str) -> dict[str, Any] | None:
         """The chosen entries of the module at ``path``; None when the budget gives it none."""
         if self._chosen is None:
-            self._chosen = self._choose(config)
+            self._chosen = self._choose(config, None)
         chosen = self._chosen.get(path)
         return None if chosen is None else {"chosen": chosen}
 
@@ -266,21 +234,44 @@ class S2FTModel(AdapterModel):
         """The order in which the base's rows and columns stand."""
         return cast(BasePermutation, self.__dict__.setdefault("_permutation", BasePermutation()))
 
-    def _choose(self, config: S2FTConfig) -> dict[str, selecting.Slice]:
+    def start_from_data(self, adapters: list[str], data: Calibration) -> None:
+        """Choose the entries of adapters that wait for them, by what the batches show."""
+        config = cast(S2FTConfig, self.peft_config[adapters[0]])
+        layers, shapes = self._base_layers()
+        questions = Questions(shapes)
+        self._choice(config, shapes, questions)
+        answers = questions.ask(data, layers, self.permutation, self._weight_squares(layers))
+        for path, chosen in self._choose(config, answers, starting=adapters).items():
+            for adapter in adapters:
+                cast(S2FTLinear, self.model.get_submodule(path)).choose(adapter, chosen)
+
+    def _base_layers(self) -> tuple[dict[str, nn.Module], dict[str, tuple[int, int]]]:
+        """The layers that could train, and their ``(out, in)``."""
         layers = dict(self._linears())
-        shapes: dict[str, tuple[int, int]] = {}
-        for path, layer in layers.items():
-            width_in, out = linear_features(layer)
-            shapes[path] = (out, width_in)
-        targets = {path for path in shapes if self._check_target_module_exists(config, path)}
+        return layers, {path: linear_features(layer)[::-1] for path, layer in layers.items()}
 
+    def _weight_squares(self, layers: dict[str, nn.Module]) -> selecting.Squares:
         # A choice by weight reads the weights in the checkpoint's order, dequantised where needed, one at a time.
-        def weight_of(path: str) -> Tensor:
-            return self.permutation.original(path, S2FTLinear(layers[path], "probe").dense_weight())
+        def squares(measure: selecting.Measure, path: str, axis: Axis) -> Tensor:
+            del measure
+            weight = self.permutation.original(path, S2FTLinear(layers[path], "probe").dense_weight())
+            return weight.double().square().sum(0 if axis == "in" else 1).cpu()
 
-        heads = HeadLayout.of(getattr(self.model, "config", None))
-        choice = choose(targets, config, shapes, heads, weight_of)
+        return squares
+
+    def _choice(self, config: S2FTConfig, shapes: dict[str, tuple[int, int]], squares: selecting.Squares) -> Choice:
+        targets = {path for path in shapes if self._check_target_module_exists(config, path)}
+        return choose(targets, config, shapes, HeadLayout.of(getattr(self.model, "config", None)), squares)
+
+    def _choose(
+        self, config: S2FTConfig, squares: selecting.Squares | None, starting: Iterable[str] = ()
+    ) -> dict[str, selecting.Slice]:
+        """The slices of all targeted modules; provisional ones while what decides them has not been measured."""
+        layers, shapes = self._base_layers()
+        waits = squares is None and config.selection in selecting.CALIBRATED
+        choice = self._choice(config, shapes, squares or (Questions(shapes) if waits else self._weight_squares(layers)))
         slices = choice.slices()
+        targets = {path for path in shapes if self._check_target_module_exists(config, path)}
         if targets and not slices:
             raise TargetError(
                 describe(
@@ -294,9 +285,11 @@ class S2FTModel(AdapterModel):
         trained = sum(each.index.numel() * shapes[path][each.axis == "out"] for path, each in slices.items())
         total = sum(shapes[path][0] * shapes[path][1] for path in targets)
         config.achieved_ratio = trained / total if total else None
+        if waits:
+            return {path: replace(each, provisional=True) for path, each in slices.items()}
         if config.permute:
-            occupied = any(layer._get_available_adapters() for layer in self._layers())
-            self.permutation.apply(layers, choice.layout, occupied=occupied)
+            present = {name for layer in self._layers() for name in layer._get_available_adapters()}
+            self.permutation.apply(layers, choice.layout, occupied=bool(present - set(starting)))
         return {path: self.permutation.place(path, each) for path, each in slices.items()}
 
     def _unload_and_optionally_merge(
@@ -333,6 +326,7 @@ register(
         trainable_parameters=_trainable_parameters,
         apply=_apply,
         default_learning_rate=2e-3,
+        needs_batches=lambda config: config.selection in selecting.CALIBRATED,
         toy_options={"heads": 1, "channels": 3},
     )
 )
