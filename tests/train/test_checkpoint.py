@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from leantune.core import atomic
 from leantune.data import Collator
 from leantune.train import LeanTrainer
 from leantune.train.checkpoint import WRITING, checkpoints, last_checkpoint, prune, publish, remove, sweep
@@ -205,11 +208,21 @@ def test_a_removal_that_stops_half_way_leaves_no_name(tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
+def dead_process() -> int:
+    """The number of a process that is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
 def test_sweep_leaves_strangers_alone(tmp_path: Path) -> None:
     for name in (".git", "checkpoint-1", ".adapter.previous", "notes"):
         make_folder(tmp_path / name)
-    (tmp_path / ".run.json.tmp-77").write_text("half", encoding="utf-8")
-    make_folder(tmp_path / ".adapter.tmp-12")
+    gone, place = dead_process(), atomic._place()
+    (tmp_path / f".run.json.tmp-{gone}-{place}").write_text("half", encoding="utf-8")
+    make_folder(tmp_path / f".adapter.tmp-{gone}-{place}")
+    make_folder(tmp_path / ".checkpoint-3.removed")
+    make_folder(tmp_path / WRITING)
     sweep(tmp_path)
     sweep(tmp_path / "absent")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".adapter.previous", ".git", "checkpoint-1", "notes"]

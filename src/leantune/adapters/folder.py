@@ -22,8 +22,10 @@ from leantune import __version__, methods
 from leantune.adapters import card as model_card
 from leantune.adapters import layer as layers
 from leantune.adapters import record, verification
+from leantune.adapters.restoration import native_errors
 from leantune.core.atomic import new_folder, recover, write_text
 from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean, raise_all
+from leantune.methods._initialization import start_from_file
 
 if TYPE_CHECKING:
     from leantune.models import BaseModel
@@ -61,7 +63,8 @@ def save(
             describe(str(target), "a folder of other files", "a new, empty or adapter folder", "choose another name")
         )
     with new_folder(target) as temporary:
-        _write(model, temporary, adapter_name)
+        with native_errors(target):
+            _write(model, temporary, adapter_name)
         problems = verification.not_finite(verification.read_tensors(temporary))
         if problems:
             raise_all([f"{problem} (training diverged: lower the learning rate)" for problem in problems], AdapterError)
@@ -190,7 +193,8 @@ def attach(
     undo = _Undo(model, adapter_name)
     try:
         wrapped = undo.wrapped = _wrap(model, config, adapter_name, path)
-        expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
+        with start_from_file():
+            expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
         found += verification.key_problems(expected, tensors, wrapped, adapter_name, path)
         raise_all(found, AdapterError)
         wrapped.load_adapter(str(path), adapter_name=adapter_name, is_trainable=trainable)
@@ -224,6 +228,9 @@ def recorded_base(path: Path, name: str | None = None) -> BaseModel:
     options: dict[str, Any] = {"dtype": facts.get("dtype") or "float32"}
     if name is None and facts.get("revision"):
         options["revision"] = facts["revision"]
+    if facts.get("quantization"):
+        packed = facts["quantization"]
+        options |= {"quantization": f"{packed['bits']}bit", "quantization_backend": packed["backend"]}
     if (known.get("task_type") or config.task_type) == "SEQ_CLS":
         if known.get("problem_type") == "regression":
             options["task"] = "regression"

@@ -3,17 +3,100 @@
 Everything is written under a temporary name beside its target, flushed to the disk (fsync), then renamed.
 A file is replaced in one step. A folder that already exists takes two renames; a kill between them leaves the
 old one under ``.<name>.previous``, and :func:`recover` (called by every reader and writer) puts it back.
+
+A kill also leaves what was being written, ``.<name>.tmp-<process>-<place>``. The next writer of the same name removes
+it once that process is gone; so does :func:`sweep`, for a whole folder.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+import platform
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+_LEFT_OVER = re.compile(r"\..+\.tmp-(?P<process>\d+)-(?P<place>[0-9a-f]{8})")
+# What a process of another machine is writing cannot be told from what it left there, except by its age.
+_FORGOTTEN_S = 24 * 3600
+
+
+@functools.cache
+def _place() -> str:
+    """Where a process number means the same: on this machine, in this space of process numbers (containers)."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+    except (OSError, AttributeError):
+        space = ""
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+def _owner() -> str:
+    return f"{os.getpid()}-{_place()}"
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp-{_owner()}")
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        # Elsewhere signal 0 is none that only asks, so age decides.
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # It is there, and somebody else's.
+        return True
+    return True
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a path was being written by a process that is gone; never so while that process may be writing."""
+    match = _LEFT_OVER.fullmatch(path.name)
+    if match is None or path.name.endswith(_owner()):
+        return False
+    if match["place"] == _place() and os.name == "posix":
+        return not _is_running(int(match["process"]))
+    try:
+        return time.time() - path.stat().st_mtime > _FORGOTTEN_S
+    except OSError:
+        return False
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that are gone were writing into a folder.
+
+    Args:
+        folder: where; nothing happens when it is not there.
+        name: only what was to become this file or folder.
+    """
+    # Housekeeping: what cannot be removed now is in nobody's way, and the next writer tries again.
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            if (name is None or path.name.startswith(f".{name}.tmp-")) and is_left_over(path):
+                with suppress(OSError):
+                    _remove(path)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the system names the file: a write that fails does not say which one it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def _fsync_path(path: Path) -> None:
@@ -57,7 +140,8 @@ def recover(target: Path) -> None:
     previous = _previous(target)
     if previous.exists():
         if target.exists():
-            _remove(previous)
+            with suppress(OSError):
+                _remove(previous)
         else:
             os.replace(previous, target)
 
@@ -65,15 +149,19 @@ def recover(target: Path) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace ``path`` by ``data`` in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    sweep(path.parent, path.name)
+    temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        with _naming(path):
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
     _fsync_path(path.parent)
 
 
@@ -95,20 +183,35 @@ def new_folder(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
-    temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    sweep(target.parent, target.name)
+    temporary = _temporary(target)
     if temporary.exists():
         _remove(temporary)
     temporary.mkdir()
     try:
         yield temporary
-        _fsync_tree(temporary)
+        with _naming(target):
+            _fsync_tree(temporary)
+            _exchange(temporary, target)
     except BaseException:
-        _remove(temporary)
+        with suppress(OSError):
+            _remove(temporary)
         raise
-    previous = _previous(target)
-    if target.exists():
-        os.replace(target, previous)
-    os.replace(temporary, target)
     _fsync_path(target.parent)
-    if previous.exists():
-        _remove(previous)
+    # The new one is in its place: an old one that cannot be removed now goes with the next recover().
+    with suppress(OSError):
+        _remove(_previous(target))
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(temporary, target)
+        return
+    previous = _previous(target)
+    os.replace(target, previous)
+    try:
+        os.replace(temporary, target)
+    except BaseException:
+        with suppress(OSError):
+            os.replace(previous, target)
+        raise

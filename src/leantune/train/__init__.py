@@ -15,6 +15,7 @@ _PUBLIC = {
     "callbacks": "leantune.train.listener",
     "dry_run": "leantune.train.preview",
     "fit": "leantune.train.run",
+    "resume": "leantune.train.run",
     "selected_logits": "leantune.train.loss",
 }
 

@@ -11,14 +11,17 @@ A run that replaces another leaves the older result and its record alone until i
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
+
+from transformers.trainer import TRAINER_STATE_NAME
 
 from leantune.core import atomic
 from leantune.core.errors import RunError, describe
 from leantune.train import checkpoint
 from leantune.train.config import RunConfig
-from leantune.train.record import METRICS, RECORD, file_hash, plain
+from leantune.train.record import METRICS, RECORD, file_hash, plain, rewind_metrics
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -69,6 +72,24 @@ def begin(config: RunConfig) -> None:
         checkpoint.remove(path)
     atomic.write_text(folder / METRICS, "")
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    atomic.write_text(folder / CONFIG, config.to_yaml())
+
+
+def go_on(config: RunConfig, point: Path, torn: list[Path]) -> None:
+    """Make the folder ready for going on from a checkpoint, as it was when that one was written.
+
+    Args:
+        config: the settings; those that may differ are taken from it.
+        point: the checkpoint.
+        torn: newer folders that are no checkpoints any more; they lose that name and stay.
+    """
+    folder = config.out
+    checkpoint.sweep(folder)
+    checkpoint.sweep(folder / CHECKPOINTS)
+    for path in torn:
+        checkpoint.set_aside(path)
+    state = json.loads((point / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    rewind_metrics(folder / METRICS, state["log_history"])
     atomic.write_text(folder / CONFIG, config.to_yaml())
 
 

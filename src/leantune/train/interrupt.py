@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run after the step in progress, so that what was learnt can be saved."""
+"""Ctrl-C, or a preemption (SIGTERM), ends a run after the step in progress, so that what was learnt can be saved."""
 
 from __future__ import annotations
 
@@ -15,40 +15,53 @@ from typing_extensions import override
 class Interrupt(TrainerCallback):
     """A context in which the first Ctrl-C asks training to stop and the second one stops it at once.
 
+    SIGTERM asks too, however often it comes: what sends it will not wait for long anyway.
+
     Args:
-        say: called with one line when the first Ctrl-C arrives.
+        say: called with one line when the first signal arrives.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.say = say
-        self.requested = False
-        self._before: Any = None
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def requested(self) -> bool:
+        """Whether training was asked to stop."""
+        return self.signal is not None
 
     def __enter__(self) -> Interrupt:
         # Only the main thread may set a handler; elsewhere Ctrl-C stays what it is.
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+        for number, handler in self._before.items():
+            # None stands for one that was not set from Python and cannot be put back.
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._before.clear()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
+        del frame
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        self.say("Ctrl-C: stopping after this step and saving; once more to stop at once")
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
+        self.signal = signal.Signals(number)
+        name, more = ("Ctrl-C", "; once more to stop at once") if number == signal.SIGINT else (self.signal.name, "")
+        self.say(f"{name}: stopping after this step and saving{more}")
 
     @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> TrainerControl:
-        """A step is done: stop here if asked to."""
+        """A step is done: if asked to, write a checkpoint and stop here."""
         if self.requested:
+            control.should_save = True
             control.should_training_stop = True
         return control

@@ -12,6 +12,8 @@ import torch
 from leantune.data.packing import DOCUMENTS
 from leantune.train.loss import IGNORED
 
+_COUNTS = ("rows", "cells", "tokens", "loss_tokens")
+
 
 @dataclass
 class Meter:
@@ -24,6 +26,8 @@ class Meter:
         loss_tokens: tokens that carried loss.
         started: monotonic time at which training began.
         ended: the same for its end, None while it goes on.
+        earlier: seconds of training before the checkpoint that this run went on from.
+        preparing: seconds spent before training began, in all sessions.
     """
 
     rows: int = 0
@@ -32,6 +36,8 @@ class Meter:
     loss_tokens: int = 0
     started: float = field(default_factory=time.perf_counter)
     ended: float | None = None
+    earlier: float = 0.0
+    preparing: float = 0.0
 
     def start(self) -> None:
         """Training begins now."""
@@ -57,8 +63,29 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        """Time since training began, or that it took."""
+        """Time since training began, or that it took, over all sessions of the run."""
+        return self.earlier + self.session_seconds
+
+    @property
+    def session_seconds(self) -> float:
+        """The same, since this process began to train."""
         return (time.perf_counter() if self.ended is None else self.ended) - self.started
+
+    @property
+    def total_seconds(self) -> float:
+        """Time of the whole run until now: preparing, training, and what came after it."""
+        return self.preparing + self.earlier + time.perf_counter() - self.started
+
+    def state(self) -> dict[str, float]:
+        """The counts, for a checkpoint."""
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {**counts, "seconds": self.seconds, "preparing": self.preparing}
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """Count on from the counts of a checkpoint."""
+        for name in _COUNTS:
+            setattr(self, name, int(state[name]))
+        self.earlier, self.preparing = float(state["seconds"]), float(state["preparing"])
 
     @property
     def padding(self) -> float:

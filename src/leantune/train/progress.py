@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from leantune.train.batching import batch_line
 from leantune.train.meter import Meter, peak_memory
 
 
@@ -43,13 +44,17 @@ class Report(TrainerCallback):
         self.say(
             f"method  {summary['method']['name']}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})"
         )
-        self.say(
-            f"data    {data['rows']:,} rows, {data['loss_tokens']:,} of {data['total_tokens']:,} tokens carry loss"
-            if summary["config"]["task"] == "causal-lm"
-            else f"data    {data['rows']:,} rows, {data['total_tokens']:,} tokens"
-        )
+        if data["rows"] is None:
+            self.say(f"data    {data['path']}")
+        else:
+            self.say(
+                f"data    {data['rows']:,} rows, {data['loss_tokens']:,} of {data['total_tokens']:,} tokens carry loss"
+                if summary["config"]["task"] == "causal-lm"
+                else f"data    {data['rows']:,} rows, {data['total_tokens']:,} tokens"
+            )
         if data["truncation"]:
             self.say(f"        {data['truncation']}")
+        self.say(batch_line(summary["batching"], data["rows"]))
         self.say(f"loaded in {load_time_s:.1f} s; training on {summary['environment']['threads']} threads")
 
     @override
@@ -115,7 +120,7 @@ class Report(TrainerCallback):
     def _text(self, state: TrainerState, device: torch.device, loss: float) -> str:
         seconds = self.meter.seconds
         done = max(state.global_step - self._first_step, 1)
-        remaining = seconds / done * (state.max_steps - state.global_step)
+        remaining = self.meter.session_seconds / done * (state.max_steps - state.global_step)
         memory = peak_memory(device)
         size = f"  {memory / 2**30:.2f} GiB" if memory is not None else ""
         return f"loss {loss:.4f}  {self.meter.tokens / seconds:,.0f} tokens/s  ETA {clock(remaining)}{size}"

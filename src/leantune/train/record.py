@@ -17,6 +17,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from leantune.core import atomic
+from leantune.models.quantisation import parameter_count
 from leantune.train.meter import Meter, peak_memory
 
 METRICS = "metrics.jsonl"
@@ -68,6 +70,26 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(plain(line)) + "\n")
 
 
+def rewind_metrics(path: Path, history: list[dict[str, Any]]) -> None:
+    """Bring a metrics file back to what it held at a checkpoint.
+
+    Args:
+        path: the file; lines after the checkpoint go, lines that it lost are taken from the history.
+        history: everything that had been logged when the checkpoint was written.
+    """
+    logged = [line for line in history if {"loss", "eval_loss"} & set(line)]
+    lines = read_metrics(path)
+    kept = [
+        lines[place] if place < len(lines) and _agree(lines[place], line) else plain(line)
+        for place, line in enumerate(logged)
+    ]
+    atomic.write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _agree(line: dict[str, Any], logged: dict[str, Any]) -> bool:
+    return all(line.get(name) == plain(logged.get(name)) for name in ("step", "loss", "eval_loss"))
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics file; one that a kill cut short is left out."""
     lines = []
@@ -93,6 +115,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "byte_order": sys.byteorder,
     }
@@ -108,11 +131,10 @@ def loss_facts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Trained parameters, and all of the model's with them; tied ones count once."""
-    parameters = list(model.parameters())
+    """Trained parameters, and all of the model's with them; tied ones count once, packed ones as what they stand for."""
     return {
-        "trainable_parameters": sum(each.numel() for each in parameters if each.requires_grad),
-        "total_parameters": sum(each.numel() for each in parameters),
+        "trainable_parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
+        "total_parameters": parameter_count(model),
     }
 
 

@@ -18,12 +18,14 @@ from leantune.train import folder as run_folder
 from leantune.train import summary as summaries
 from leantune.train.card import card
 from leantune.train.config import RunConfig
+from leantune.train.failure import told
 from leantune.train.folder import ADAPTER, CONFIG, MODEL, PICTURE
 from leantune.train.interrupt import Interrupt
 from leantune.train.meter import reset_peak_memory
 from leantune.train.plot import draw_loss
 from leantune.train.progress import Report, clock
 from leantune.train.record import METRICS, RECORD, MetricsFile, read_metrics
+from leantune.train.resumption import Resumption, find
 from leantune.train.setup import load_model, prepare
 from leantune.train.trainer import LeanTrainer
 
@@ -101,37 +103,76 @@ class Run:
         return self.base, self.model
 
 
-def fit(config: RunConfig, *, progress: bool = True) -> Run:
-    """Train as the configuration says, and leave the run folder.
+def resume(folder: str | Path, *, progress: bool = True, anyway: bool = False, **changes: Any) -> Run:
+    """Go on with the run in a folder, with its own settings.
 
     Args:
-        config: the settings.
+        folder: the run folder.
         progress: show on stderr what happens.
+        anyway: also under other versions of the libraries or on another device: bits may differ then.
+        changes: settings that may differ, e.g. ``save_steps``; :func:`fit` refuses others.
 
     Returns:
         The run, with the trained model.
 
     Raises:
-        LeantuneError: the data, the model, the method's options or the run folder are not as they must be, or the
-            loss is no longer finite. An older result in the folder is then still there.
+        LeantuneError: see :func:`fit`.
     """
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        got = f"no {CONFIG}" if path.exists() else "not there"
+        raise RunError(describe(str(path), got, "a run to go on with", "check the path"))
+    settings = RunConfig.from_yaml(path / CONFIG).model_dump()
+    return fit(RunConfig(**{**settings, **changes, "out": path}), progress=progress, resume=True, resume_anyway=anyway)
+
+
+def fit(config: RunConfig, *, progress: bool = True, resume: bool = False, resume_anyway: bool = False) -> Run:
+    """Train as the configuration says, and leave the run folder.
+
+    Args:
+        config: the settings.
+        progress: show on stderr what happens.
+        resume: go on from the newest checkpoint in the run folder. On a CPU the result is, bit for bit, that of the
+            run that was never stopped.
+        resume_anyway: the same, also under other versions of the libraries or on another device.
+
+    Returns:
+        The run, with the trained model.
+
+    Raises:
+        LeantuneError: the data, the model, the method's options or the run folder are not as they must be, the loss
+            is no longer finite, or the disk failed. An older result in the folder is then still there.
+    """
+    config = config.resolved()
+    with told(config.out):
+        point = find(config, anyway=resume_anyway) if resume or resume_anyway else None
+        return _run(config, point, progress)
+
+
+def _run(config: RunConfig, point: Resumption | None, progress: bool) -> Run:
     began = time.perf_counter()
-    config = config.model_copy(update={"lr": config.learning_rate})
     reset_peak_memory()
-    prepared = prepare(config)
+    prepared = prepare(config, resume=point is not None)
     base, examples, model, trainer = prepared.base, prepared.examples, prepared.model, prepared.trainer
     summary = summaries.before(config, base, model, examples)
 
-    run_folder.begin(config)
-    if run_folder.result_folder(config.out) is None:
-        run_folder.write_record(config.out, summary)
     report = Report(trainer.meter, config.log_steps, Console(stderr=True) if progress else None)
+    if point is None:
+        run_folder.begin(config)
+        if run_folder.result_folder(config.out) is None:
+            run_folder.write_record(config.out, summary)
+    else:
+        _go_on(config, point, trainer, summary, report)
     report.announce(summary, load_time_s=time.perf_counter() - began)
-    status = _train(config, trainer, report)
-    if examples.evaluation is not None and not trainer.evaluated_last_step:
+    trainer.record = summary
+    trainer.meter.preparing += time.perf_counter() - began
+    outcome = _train(config, trainer, report, point)
+    status = outcome["status"]
+    # What asked the run to stop will not wait for an evaluation.
+    if examples.evaluation is not None and status == "complete" and not trainer.evaluated_last_step:
         report.say(f"evaluating on {len(examples.evaluation):,} rows")
         trainer.evaluate()
-    summary |= {"status": status, **summaries.after(trainer), "time_s": time.perf_counter() - began}
+    summary = {**summary, **outcome, **summaries.after(trainer), "time_s": trainer.meter.total_seconds}
 
     _save_result(config, base, model, summary)
     summary = run_folder.write_record(config.out, summary)
@@ -141,20 +182,34 @@ def fit(config: RunConfig, *, progress: bool = True) -> Run:
     return run
 
 
-def _train(config: RunConfig, trainer: LeanTrainer, report: Report) -> str:
-    """Train; the status is "complete" or, after Ctrl-C, "interrupted"."""
+def _go_on(config: RunConfig, point: Resumption, trainer: LeanTrainer, summary: dict[str, Any], report: Report) -> None:
+    """Hold what was loaded to the checkpoint, and bring folder and counts back to its step."""
+    point.check(summary, trainer.args.device.type)
+    point.check_processes(trainer.args.world_size)
+    summary["resumed"] = [*(point.record.get("resumed") or []), {"step": point.step, "notes": point.notes}]
+    run_folder.go_on(config, point.path, [path for path, _ in point.torn])
+    trainer.meter.go_on(point.meter)
+    for line in point.lines():
+        report.say(line)
+
+
+def _train(config: RunConfig, trainer: LeanTrainer, report: Report, point: Resumption | None) -> dict[str, Any]:
+    """Train; the status is "complete" or, after Ctrl-C or a preemption, "interrupted"."""
     trainer.add_callback(MetricsFile(config.out / METRICS, trainer.meter))
     trainer.add_callback(report)
     try:
         with Interrupt(report.say) as interrupt:
             trainer.add_callback(interrupt)
-            trainer.train()
+            if point is None or not trainer.finish_from(point.path):
+                trainer.train(resume_from_checkpoint=None if point is None else str(point.path))
     finally:
         report.stop()
     if trainer.state.global_step == 0:
         raise RunError(describe(str(config.out), "no step was taken", "at least one", "check epochs and the data"))
     # A method's own callback may end training early, and that run is complete.
-    return "interrupted" if interrupt.requested and trainer.state.global_step < trainer.state.max_steps else "complete"
+    if interrupt.signal is None or trainer.state.global_step >= trainer.state.max_steps:
+        return {"status": "complete"}
+    return {"status": "interrupted", "signal": interrupt.signal.name}
 
 
 def _save_result(config: RunConfig, base: BaseModel, model: Any, summary: dict[str, Any]) -> None:

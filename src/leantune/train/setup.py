@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,25 @@ from leantune.core.errors import MethodError, describe
 from leantune.data import (
     Collator,
     Encoded,
+    PackCollator,
+    Packs,
     Row,
+    RowStream,
     encode,
     encode_classification,
     encode_regression,
     find_label_names,
+    iter_rows,
     read_rows,
 )
 from leantune.methods import Method, TrainingPlan
 from leantune.models import BaseModel, load_base
+from leantune.train.batching import stream
 from leantune.train.config import RunConfig
 from leantune.train.folder import CHECKPOINTS, check_vacant
+from leantune.train.isolation import packing_form
 from leantune.train.option import user_options
+from leantune.train.regime import check_plan
 from leantune.train.tracker import RunArguments, check_trackers, place_logs
 from leantune.train.trainer import LeanTrainer
 
@@ -37,7 +45,7 @@ class Rows:
     """The rows of a run, checked.
 
     Attributes:
-        train: to train on.
+        train: to train on; the first alone of a file that is streamed.
         evaluation: to measure on; None without eval_data.
         label_names: class names in the order of their numbers; None where there are no classes.
     """
@@ -49,10 +57,17 @@ class Rows:
 
 @dataclass
 class Examples:
-    """The rows as tokens."""
+    """The rows as tokens.
 
-    train: Encoded
+    Attributes:
+        train: to train on, or the stream of them.
+        evaluation: to measure on; None without eval_data.
+        packs: the training rows, packed; None where they are not, or are streamed.
+    """
+
+    train: Encoded | RowStream
     evaluation: Encoded | None
+    packs: Packs | None = None
 
 
 @dataclass
@@ -101,7 +116,10 @@ def read_data(config: RunConfig) -> Rows:
     Raises:
         DataError: a file or row is bad.
     """
-    train = read_rows(config.data, format=config.format, limit=config.limit)
+    if config.streaming:
+        train = list(islice(iter_rows(config.data, format=config.format), 1))
+    else:
+        train = read_rows(config.data, format=config.format, limit=config.limit)
     evaluation = read_rows(config.eval_data, format=config.format) if config.eval_data is not None else None
     labels = find_label_names(train) if config.task == "classification" else None
     return Rows(train, evaluation, labels)
@@ -114,7 +132,10 @@ def encode_rows(config: RunConfig, rows: Rows, tokenizer: Any) -> Examples:
         DataError: a row carries no loss, or a label is unknown.
     """
     evaluation = None if rows.evaluation is None else _encode(config, rows.evaluation, rows.label_names, tokenizer)
-    return Examples(_encode(config, rows.train, rows.label_names, tokenizer), evaluation)
+    if config.streaming:
+        return Examples(stream(config, lambda some: _encode(config, some, None, tokenizer)), evaluation)
+    train = _encode(config, rows.train, rows.label_names, tokenizer)
+    return Examples(train, evaluation, Packs.of(train, config.max_length, config.seed) if config.packing else None)
 
 
 def _encode(config: RunConfig, rows: list[Row], labels: list[str] | None, tokenizer: Any) -> Encoded:
@@ -143,6 +164,9 @@ def load_model(config: RunConfig, name: str, labels: list[str] | None) -> BaseMo
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
+        quantization=config.quantization,
+        quantization_backend=config.quantization_backend,
+        device=config.device,
     )
     if labels:
         base.model.config.id2label = dict(enumerate(labels))
@@ -191,6 +215,7 @@ def _enable_checkpointing(model: Any) -> None:
 def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Examples, checkpoints: Path) -> LeanTrainer:
     """The trainer of a run; its checkpoints go into the folder given, which it makes."""
     plan = config.chosen_method.plan(model)
+    check_plan(config, plan)
     evaluation = None
     if examples.evaluation is not None:
         # The loss does not depend on their order, the padding does.
@@ -202,17 +227,23 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
         logits=config.logits,
         group_by_length=config.group_by_length,
         args=_arguments(config, checkpoints),
-        train_dataset=examples.train,
+        train_dataset=examples.packs if examples.packs is not None else examples.train,
         eval_dataset=evaluation,
-        data_collator=collator_of(base, plan),
+        data_collator=collator_of(config, base, plan),
     )
+    if isinstance(trainer.data_collator, PackCollator):
+        # Tried where the model now stands and as it will run: attention kernels differ by device and precision.
+        with trainer.accelerator.autocast():
+            form = packing_form(model, config.max_length)
+        trainer.data_collator.form, trainer.data_collator.mask_dtype = form["form"], form["mask_dtype"]
     place_logs(trainer, config.out)
     return trainer
 
 
-def collator_of(base: BaseModel, plan: TrainingPlan) -> Collator:
-    """Batches padded for this model, with the columns that the plan asks for."""
-    return Collator(base.tokenizer.pad_token_id, plan.batch_columns)
+def collator_of(config: RunConfig, base: BaseModel, plan: TrainingPlan) -> Collator:
+    """Batches (of packs, with packing) for this model, with the columns that the plan asks for."""
+    make = PackCollator if config.packing else Collator
+    return make(base.tokenizer.pad_token_id, plan.batch_columns)
 
 
 def _arguments(config: RunConfig, checkpoints: Path) -> RunArguments:
@@ -227,8 +258,11 @@ def _arguments(config: RunConfig, checkpoints: Path) -> RunArguments:
         lr_scheduler_type=_SCHEDULES[config.schedule],
         # Below one it is a share of the steps.
         warmup_steps=config.warmup_ratio,
+        optim=config.optimizer,
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
+        bf16=config.precision == "bf16",
+        torch_compile=config.compile,
         seed=config.seed,
         data_seed=config.seed,
         save_strategy="steps" if config.save_steps else "no",

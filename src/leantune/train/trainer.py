@@ -12,17 +12,23 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from leantune.core.errors import MethodError, RunError, describe
+from leantune.adapters.restoration import native_errors, restore
+from leantune.adapters.verification import WEIGHTS_NAME
+from leantune.core.errors import DataError, MethodError, RunError, describe
 from leantune.methods import TrainingPlan
 from leantune.train import checkpoint
+from leantune.train.isolation import packed_inputs
 from leantune.train.listener import plan_callbacks, plan_of
 from leantune.train.loss import Selection, count_targets, dense_losses, per_row, selected_losses
 from leantune.train.meter import Meter
+from leantune.train.regime import ADAMW, make_optimizer
 from leantune.train.sampler import LengthSampler
 from leantune.train.validation import validate
 
@@ -56,6 +62,8 @@ class LeanTrainer(Trainer):
         self.logits = logits
         self.group_by_length = group_by_length
         self.meter = Meter()
+        # The record of the run that its checkpoints carry.
+        self.record: dict[str, Any] = {}
         self._writing: Path | None = None
         callbacks = [*(keywords.pop("callbacks", None) or []), *plan_callbacks(self.plan)]
         super().__init__(model=model, callbacks=callbacks, **keywords)
@@ -65,12 +73,24 @@ class LeanTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
-        """``Trainer.train``, timed."""
+        """``Trainer.train``, timed; a bad row that turns up on the way leaves a checkpoint of the steps before it."""
         self.meter.start()
         try:
             return super().train(*arguments, **keywords)
+        except DataError as error:
+            raise self._kept(error) from error
         finally:
             self.meter.stop()
+
+    def _kept(self, error: DataError) -> DataError:
+        """The error, with the place where what was trained before it is kept."""
+        step = self.state.global_step
+        if step == 0:
+            return error
+        path = Path(super()._get_output_dir(None)) / f"checkpoint-{step}"
+        if not path.is_dir():
+            self._save_checkpoint(self.model_wrapped, None)
+        return DataError(f"{error}; the {step} steps before it are kept in {path}")
 
     # The loss
 
@@ -82,7 +102,7 @@ class LeanTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of one forward pass, as its share of the loss of the step."""
-        inputs = dict(inputs)
+        inputs, documents = packed_inputs(dict(inputs))
         columns = {name: inputs.pop(name) for name in self.plan.batch_columns if name in inputs}
         outputs = None
         if self.task != "causal-lm":
@@ -93,7 +113,7 @@ class LeanTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
             labels = inputs.pop("labels")
-            selection = Selection.of(labels)
+            selection = Selection.of(labels, documents)
             compute = selected_losses if self.logits == "selected" else dense_losses
             losses = compute(model, inputs, selection)
             if model.training and self.plan.loss_reduction is not None:
@@ -168,7 +188,7 @@ class LeanTrainer(Trainer):
     # Optimizer and rows
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the trainable parameters alone, or the plan's parameter groups and optimizer."""
+        """The named optimizer over the trainable parameters alone, or the plan's parameter groups and optimizer."""
         if self.optimizer is not None:
             return self.optimizer
         model = model if model is not None else cast(nn.Module, self.model)
@@ -179,6 +199,8 @@ class LeanTrainer(Trainer):
             groups = self._parameter_groups(model, decay)
         if self.plan.optimizer is not None:
             self.optimizer = self.plan.optimizer(groups, rate, self.args)
+        elif self.args.optim not in ADAMW:
+            self.optimizer = make_optimizer(self, model, groups)
         else:
             # The fused kernel takes a strided view for a contiguous tensor and writes into its neighbours.
             contiguous = all(parameter.is_contiguous() for group in groups for parameter in group["params"])
@@ -236,6 +258,11 @@ class LeanTrainer(Trainer):
         steps = [line["step"] for line in self.state.log_history if "eval_loss" in line]
         return bool(steps) and steps[-1] == self.state.global_step
 
+    def evaluate(self, *arguments: Any, **keywords: Any) -> Any:
+        """``Trainer.evaluate``; it draws no random number, so that evaluating more often changes nothing."""
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*arguments, **keywords)
+
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -246,21 +273,76 @@ class LeanTrainer(Trainer):
         folder = Path(super()._get_output_dir(trial))
         target = folder / f"checkpoint-{self.state.global_step}"
         writing = folder / checkpoint.WRITING
-        if self.args.should_save:
-            shutil.rmtree(writing, ignore_errors=True)
+        if self.args.should_save and writing.exists():
+            # Strictly: a file left there would become a part of this checkpoint.
+            shutil.rmtree(writing)
         self.accelerator.wait_for_everyone()
         self._writing = writing
         try:
-            super()._save_checkpoint(model, trial)
+            with native_errors(target):
+                super()._save_checkpoint(model, trial)
         finally:
             self._writing = None
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self._name_best(writing, target)
+            checkpoint.seal(writing / target.name, self._facts())
             checkpoint.publish(writing / target.name, target)
             if self.args.save_total_limit:
                 checkpoint.prune(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
+
+    def _facts(self) -> dict[str, Any]:
+        """What a run that goes on from here needs to know."""
+        meter = {**self.meter.state(), "device": self.args.device.type, "processes": self.args.world_size}
+        facts = {"step": self.state.global_step, "meter": meter}
+        if not self._is_sharded:
+            facts["trained"] = checkpoint.trained_hash(cast(nn.Module, self.model))
+        return facts | ({"run": self.record} if self.record else {})
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _init_training_state(self, max_steps: int, *arguments: Any) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(max_steps, *arguments)
+        # A state that was loaded would go on saving and evaluating as often as the run before.
+        self.state.compute_steps(self.args, max_steps)
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Put the trained parameters back, and prove that they are those that were saved."""
+        path = Path(resume_from_checkpoint)
+        target = model if model is not None else cast(nn.Module, self.model)
+        if isinstance(target, PeftModel) and not self._is_sharded and (path / WEIGHTS_NAME).is_file():
+            restore(target, path, adapter_name=target.active_adapters[0])
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        wanted = checkpoint.unseal(path)[0].get("trained") if not self._is_sharded else None
+        if wanted and checkpoint.trained_hash(target) != wanted:
+            got = "the parameters it gives are not those that were saved"
+            raise RunError(
+                describe(str(path), got, "the same bits", "go on from the checkpoint before: remove this one")
+            )
+
+    def finish_from(self, path: Path) -> bool:
+        """Take over a checkpoint that no step is left to train from.
+
+        Args:
+            path: the checkpoint.
+
+        Returns:
+            False, with nothing done, when steps are left.
+        """
+        state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        planned = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+        if state.global_step < planned:
+            return False
+        self.meter.start()
+        self._load_from_checkpoint(str(path))
+        self.state = state
+        self.meter.stop()
+        return True
 
     def _name_best(self, writing: Path, target: Path) -> None:
         """The state must name the best checkpoint by the name it will have, not by where it was written."""
