@@ -30,6 +30,9 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
             "coupling": "independent",
             "selection": "weight",
         },
+        "activation": {"selection": "activation", "order": "smallest"},
+        "product": {"selection": "product", "coupling": "independent", "target_modules": "all-linear"},
+        "gradient": {"selection": "gradient", "target_modules": "all-linear"},
     },
     "lora": {"all-linear": {"target_modules": "all-linear", "use_rslora": True}},
 }
@@ -60,6 +63,7 @@ def _keeps_every_promise(tested: Subject) -> bool:
     """Whether no stated fact lets this method off any check."""
     method = tested.method
     facts = (method.is_adapter, method.mergeable, method.identity_at_init, method.lora_form)
+    facts = (*facts, method.needs_batches(tested.config()))
     return all(facts) and bool(own_layers(tested.wrap_perceptron()))
 
 

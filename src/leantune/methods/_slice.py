@@ -27,10 +27,12 @@ class SliceDelta(nn.Module):
     def place(self, chosen: Slice) -> None:
         """Stand for these entries, as many as before."""
         self.waits = chosen.provisional
-        self.register_buffer("index", chosen.index.to(self.weight.device))
+        # Beside the entries it stood for; at first the entries are where they were made, and follow the base then.
+        device = self.index.device if "index" in self._buffers else chosen.index.device
+        self.register_buffer("index", chosen.index.to(device))
         # The checkpoint's layout is what a file holds; positions belong to this process.
         self.run = chosen.position if isinstance(chosen.position, slice) else None
-        gathered = chosen.position.to(self.weight.device) if isinstance(chosen.position, Tensor) else None
+        gathered = chosen.position.to(device) if isinstance(chosen.position, Tensor) else None
         self.register_buffer("position", gathered, persistent=False)
 
     @property

@@ -17,14 +17,14 @@ from typing import Any
 
 from leantune import methods
 from leantune.core.errors import MethodError, describe
-from leantune.testing import adapter, file, forward, weight
+from leantune.testing import adapter, beginning, file, forward, weight
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.model import FAMILIES
 from leantune.testing.subject import NotApplicable, Subject
 
 Check = Callable[[Subject], None]
 
-CHECKS: list[Check] = [*forward.CHECKS, *weight.CHECKS, *adapter.CHECKS, *file.CHECKS]
+CHECKS: list[Check] = [*forward.CHECKS, *weight.CHECKS, *adapter.CHECKS, *file.CHECKS, *beginning.CHECKS]
 """Every check of the contract; its name says what holds, its docstring how."""
 
 

@@ -27,7 +27,7 @@ from leantune.testing.subject import (
 def _two(subject: Subject, **more: Any) -> Wrapped:
     """A model with the adapters "default" and "other", both started, "default" active."""
     model = subject.wrap()
-    model.add_adapter("other", subject.config(task_type="CAUSAL_LM", **more))
+    subject.add(model, "other", **more)
     start(model, "other", seed=2)
     return model.eval()
 
@@ -47,7 +47,7 @@ def several_adapters_switch(subject: Subject) -> None:
     plain = no_grad_logits(base, tokens())
     model = subject.wrap(base)
     first = no_grad_logits(model, tokens())
-    model.add_adapter("other", subject.config(task_type="CAUSAL_LM"))
+    subject.add(model, "other")
     start(model, "other", seed=2)
     assert_same(no_grad_logits(model, tokens()), first, "logits after adding another adapter")
     _assert_trains(model, "default")
@@ -73,7 +73,7 @@ def all_linear_twice(subject: Subject) -> None:
     """A second adapter on "all-linear" finds the same layers as the first, although these are wrapped by then."""
     only_when(subject.method.is_adapter, "the method has no target modules")
     model = subject.wrap(target_modules="all-linear")
-    model.add_adapter("other", subject.config(task_type="CAUSAL_LM", target_modules="all-linear"))
+    subject.add(model, "other", target_modules="all-linear")
     found = {
         adapter: {path.replace(adapter, "*") for path in trained(model, adapter)} for adapter in ("default", "other")
     }
@@ -125,7 +125,7 @@ def delete_adapter(subject: Subject) -> None:
     if left:
         raise AssertionError(f"left behind by delete_adapter: {left}")
     assert_same(no_grad_logits(model, tokens()), kept, "logits of the remaining adapter")
-    model.add_adapter("other", subject.config(task_type="CAUSAL_LM"))
+    subject.add(model, "other")
     if subject.method.identity_at_init:
         model.set_adapter("other")
         assert_same(no_grad_logits(model, tokens()), no_grad_logits(subject.base(), tokens()), "a fresh adapter")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from leantune.methods import Method
 from leantune.methods._base import AdapterLayer
+from leantune.methods._initialization import initialize
 from leantune.testing import model as tiny
 
 Wrapped = Any
@@ -65,16 +66,41 @@ class Subject:
         with torch.random.fork_rng(devices=[]):
             # A seed of its own: a method that draws anew on load must not draw the same by chance.
             torch.manual_seed(20240717)
-            wrapped = self.method.apply(base, self.config(**more))
+            config = self.config(**more)
+            wrapped = self.method.apply(base, config)
+            if self.method.needs_batches(config):
+                initialize(wrapped, calibration_batches(wrapped), loss=calibration_loss)
         if started:
             start(wrapped)
         return wrapped.eval()
+
+    def add(self, model: Wrapped, adapter: str, **more: Any) -> None:
+        """A further adapter of this method on a language model, as fresh as one can be trained."""
+        config = self.config(task_type="CAUSAL_LM", **more)
+        model.add_adapter(adapter, config)
+        if self.method.needs_batches(config):
+            initialize(model, calibration_batches(model), loss=calibration_loss)
 
     def wrap_perceptron(self, dtype: torch.dtype = torch.float64, *, started: bool = True, **more: Any) -> Wrapped:
         """The method on both linear layers of the perceptron."""
         if self.method.is_adapter:
             more = {"target_modules": ["lin0", "lin1"], **more}
         return self.wrap(tiny.perceptron(dtype), started=started, **more)
+
+
+def calibration_batches(model: Wrapped) -> list[dict[str, Tensor]]:
+    """Two batches for a start that comes from data, for whichever tiny model it is."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(inner, "config"):
+        return [{"input_ids": tokens(rows, 6, seed=rows)} for rows in (3, 2)]
+    layer = next(module for module in inner.modules() if isinstance(module, nn.Linear))
+    dtype = layer.weight.dtype
+    return [{"x": points(rows, dtype, seed=rows, width=layer.in_features)} for rows in (3, 2)]
+
+
+def calibration_loss(model: Wrapped, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of such a batch, which no labels are needed for."""
+    return objective(model(batch["x"]) if "x" in batch else model(**batch).logits)
 
 
 def start(model: Wrapped, adapter: str | None = None, seed: int = 1) -> None:
@@ -103,10 +129,10 @@ def tokens(rows: int = 3, length: int = 7, seed: int = 3) -> Tensor:
     return torch.randint(3, tiny.VOCABULARY, (rows, length), generator=generator)
 
 
-def points(rows: int = 5, dtype: torch.dtype = torch.float64, seed: int = 4) -> Tensor:
-    """Inputs of the perceptron, ``(rows, 6)``, seeded."""
+def points(rows: int = 5, dtype: torch.dtype = torch.float64, seed: int = 4, width: int = 6) -> Tensor:
+    """Inputs of the perceptron, ``(rows, width)``, seeded."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(rows, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def logits(model: Wrapped, ids: Tensor, **more: Any) -> Tensor:

@@ -9,10 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leantune.methods import TrainingPlan
+from leantune.methods._initialization import initialize
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import (
     Subject,
     Wrapped,
+    calibration_batches,
+    calibration_loss,
     layers_of,
     logits,
     no_grad_logits,
@@ -84,7 +87,7 @@ def unmerge_restores_the_base(subject: Subject) -> None:
     only_when(bool(own_layers(subject.wrap())), "stock layers undo a merge by subtraction, which is not exact")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = subject.wrap(subject.base(dtype))
-        model.add_adapter("other", subject.config(task_type="CAUSAL_LM"))
+        subject.add(model, "other")
         start(model, "other", seed=2)
         before = _base_weights(model)
         for names in (["default"], ["other", "default"]):
@@ -212,6 +215,8 @@ def trained_count_is_the_stated_one(subject: Subject) -> None:
         config = subject.config(target_modules=["0"]) if subject.method.is_adapter else subject.config()
         stated = subject.method.trainable_parameters(copy.deepcopy(config), out_features, in_features)
         model = subject.method.apply(model, config)
+        if subject.method.needs_batches(config):
+            initialize(model, calibration_batches(model), loss=calibration_loss)
         real = sum(parameter.numel() for parameter in trained(model).values())
         if stated != real:
             raise AssertionError(f"({out_features}, {in_features}): {stated} parameters stated, {real} train")
