@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("leantune.cli.export", "Write the adapter as plain LoRA, and prove it the same."),
     "inspect": ("leantune.cli.inspect", "Look into a data file, an adapter or a model."),
     "methods": ("leantune.cli.methods", "List the methods, or the options of one of them."),
+    "doctor": ("leantune.cli.doctor", "Say what is installed, what is missing, and how to mend it."),
     "demo": ("leantune.cli.demo", "Fine-tune a real model in minutes, and compare before and after."),
 }
 
