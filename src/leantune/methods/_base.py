@@ -277,9 +277,22 @@ class AdapterModel(StartingModel):
         del config, path
         return {}
 
+    def adaptable(self, module: nn.Module) -> bool:
+        """Whether the method has a layer for this one: linear, transposed or packed."""
+        return _adaptable(module)
+
+    def layer_class(self, base: nn.Module) -> type[AdapterLayer]:
+        """The layer that wraps ``base``."""
+        del base
+        return cast(type[AdapterLayer], self.tuner_layer_cls)
+
+    def default_targets(self) -> tuple[str, ...]:
+        """What trains when the user names nothing; empty where the model is of no known family."""
+        return default_targets([name for name, _ in self.model.named_modules()])
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
-            found = default_targets([name for name, _ in self.model.named_modules()])
+            found = self.default_targets()
             if not found:
                 raise TargetError(
                     describe(
@@ -352,7 +365,7 @@ class AdapterModel(StartingModel):
         for name, module in self.model.named_modules():
             if isinstance(module, BaseTunerLayer):
                 found.append((name, module.get_base_layer()))
-            elif _adaptable(module) and not name.endswith("base_layer"):
+            elif self.adaptable(module) and not name.endswith("base_layer"):
                 found.append((name, module))
         return found
 
@@ -378,7 +391,7 @@ class AdapterModel(StartingModel):
     ) -> None:
         del parameter_name
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _adaptable(base):
+        if not self.adaptable(base):
             raise TargetError(
                 describe(
                     current_key,
@@ -391,7 +404,7 @@ class AdapterModel(StartingModel):
         if options is None:
             return
         options = {**options, "template": self._template(peft_config, adapter_name)}
-        layer_class = cast(type[AdapterLayer], self.tuner_layer_cls)
+        layer_class = self.layer_class(base)
         if isinstance(target, layer_class):
             target.update_layer(adapter_name, peft_config, **options)
             return
