@@ -39,6 +39,7 @@ def save(
     base: BaseModel | None = None,
     tokenizer: Any = None,
     card: dict[str, Any] | None = None,
+    state_dict: dict[str, Any] | None = None,
 ) -> Path:
     """Write one adapter as a folder that stock PEFT reads; an older adapter folder there is replaced in one step.
 
@@ -49,6 +50,7 @@ def save(
         base: the base it was trained on; its content hash is stored and checked when loading.
         tokenizer: saved beside it with its chat template, so that serving sees what training saw.
         card: extra parts of the model card, see :func:`leantune.adapters.card.render`.
+        state_dict: the model's state in whole tensors, where the model itself is sharded over processes.
 
     Raises:
         AdapterError: the adapter holds a value that is not finite, or ``folder`` holds something else.
@@ -64,7 +66,7 @@ def save(
         )
     with new_folder(target) as temporary:
         with native_errors(target):
-            _write(model, temporary, adapter_name)
+            _write(model, temporary, adapter_name, state_dict)
         problems = verification.not_finite(verification.read_tensors(temporary))
         if problems:
             raise_all([f"{problem} (training diverged: lower the learning rate)" for problem in problems], AdapterError)
@@ -76,10 +78,12 @@ def save(
     return target
 
 
-def _write(model: PeftModel, folder: Path, adapter_name: str) -> None:
+def _write(model: PeftModel, folder: Path, adapter_name: str, state_dict: dict[str, Any] | None) -> None:
     # Base weights never enter an adapter file, so embeddings are not saved "to be sure"; that also spares PEFT's
     # question to the Hub whether the vocabulary was resized.
-    model.save_pretrained(str(folder), selected_adapters=[adapter_name], save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder), selected_adapters=[adapter_name], save_embedding_layers=False, state_dict=state_dict
+    )
     nested = folder / adapter_name
     if adapter_name != "default" and nested.is_dir():
         for path in nested.iterdir():

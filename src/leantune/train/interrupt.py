@@ -11,6 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from leantune.train import distributed
+
 
 class Interrupt(TrainerCallback):
     """A context in which the first Ctrl-C asks training to stop and the second one stops it at once.
@@ -61,7 +63,10 @@ class Interrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> TrainerControl:
         """A step is done: if asked to, write a checkpoint and stop here."""
-        if self.requested:
+        # A signal may reach one process and not the others, and all of them must stop after the same step.
+        asked = distributed.largest(self.signal or 0, args.device)
+        if asked:
+            self.signal = signal.Signals(asked)
             control.should_save = True
             control.should_training_stop = True
         return control

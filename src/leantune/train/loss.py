@@ -124,7 +124,8 @@ def output_embedding(model: nn.Module) -> nn.Module:
 
 
 def _without_adapter(model: Any) -> nn.Module:
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return base
 
 

@@ -62,6 +62,16 @@ class Meter:
             self.loss_tokens += int((labels[:, 1:] != IGNORED).sum())
 
     @property
+    def counts(self) -> list[int]:
+        """Rows, cells, tokens and loss tokens."""
+        return [getattr(self, name) for name in _COUNTS]
+
+    def join(self, counts: list[int]) -> None:
+        """Add the counts of batches that were counted elsewhere, in other processes too."""
+        for name, count in zip(_COUNTS, counts, strict=True):
+            setattr(self, name, getattr(self, name) + count)
+
+    @property
     def seconds(self) -> float:
         """Time since training began, or that it took, over all sessions of the run."""
         return self.earlier + self.session_seconds

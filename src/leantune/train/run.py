@@ -14,6 +14,7 @@ from leantune import adapters
 from leantune.core import atomic
 from leantune.core.errors import LeantuneError, RunError, describe
 from leantune.models import BaseModel
+from leantune.train import distributed
 from leantune.train import folder as run_folder
 from leantune.train import summary as summaries
 from leantune.train.card import card
@@ -156,13 +157,15 @@ def _run(config: RunConfig, point: Resumption | None, progress: bool) -> Run:
     base, examples, model, trainer = prepared.base, prepared.examples, prepared.model, prepared.trainer
     summary = summaries.before(config, base, model, examples)
 
-    report = Report(trainer.meter, config.log_steps, Console(stderr=True) if progress else None)
-    if point is None:
+    is_main = distributed.is_main()
+    report = Report(trainer.meter, config.log_steps, Console(stderr=True) if progress and is_main else None)
+    if point is not None:
+        _go_on(config, point, trainer, summary, report)
+    elif is_main:
         run_folder.begin(config)
         if run_folder.result_folder(config.out) is None:
             run_folder.write_record(config.out, summary)
-    else:
-        _go_on(config, point, trainer, summary, report)
+    distributed.wait_for_all()
     report.announce(summary, load_time_s=time.perf_counter() - began)
     trainer.record = summary
     trainer.meter.preparing += time.perf_counter() - began
@@ -174,9 +177,12 @@ def _run(config: RunConfig, point: Resumption | None, progress: bool) -> Run:
         trainer.evaluate()
     summary = {**summary, **outcome, **summaries.after(trainer), "time_s": trainer.meter.total_seconds}
 
-    _save_result(config, base, model, summary)
-    summary = run_folder.write_record(config.out, summary)
-    draw_loss(read_metrics(config.out / METRICS), config.out / PICTURE, summaries.title(summary))
+    state = distributed.gathered(model, everything=not config.chosen_method.is_adapter)
+    if is_main:
+        _save_result(config, base, model, summary, state)
+        summary = run_folder.write_record(config.out, summary)
+        draw_loss(read_metrics(config.out / METRICS), config.out / PICTURE, summaries.title(summary))
+    distributed.wait_for_all()
     run = Run(config.out, config, summary, model.eval(), base.tokenizer, base)
     report.say(f"{status}: {summary['steps']:,} steps in {clock(summary['train_time_s'])}, saved in {run.result}")
     return run
@@ -187,7 +193,8 @@ def _go_on(config: RunConfig, point: Resumption, trainer: LeanTrainer, summary: 
     point.check(summary, trainer.args.device.type)
     point.check_processes(trainer.args.world_size)
     summary["resumed"] = [*(point.record.get("resumed") or []), {"step": point.step, "notes": point.notes}]
-    run_folder.go_on(config, point.path, [path for path, _ in point.torn])
+    if distributed.is_main():
+        run_folder.go_on(config, point.path, [path for path, _ in point.torn])
     trainer.meter.go_on(point.meter)
     for line in point.lines():
         report.say(line)
@@ -212,11 +219,15 @@ def _train(config: RunConfig, trainer: LeanTrainer, report: Report, point: Resum
     return {"status": "interrupted", "signal": interrupt.signal.name}
 
 
-def _save_result(config: RunConfig, base: BaseModel, model: Any, summary: dict[str, Any]) -> None:
+def _save_result(
+    config: RunConfig, base: BaseModel, model: Any, summary: dict[str, Any], state: dict[str, Any] | None
+) -> None:
     """Write the adapter folder (or the whole model) in one step; an older one is there until then."""
     if config.chosen_method.is_adapter:
-        adapters.save(model, config.out / ADAPTER, base=base, tokenizer=base.tokenizer, card=card(summary))
+        adapters.save(
+            model, config.out / ADAPTER, base=base, tokenizer=base.tokenizer, card=card(summary), state_dict=state
+        )
         return
     with atomic.new_folder(config.out / MODEL) as temporary:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, state_dict=state)
         base.tokenizer.save_pretrained(temporary)

@@ -23,7 +23,7 @@ from leantune.adapters.restoration import native_errors, restore
 from leantune.adapters.verification import WEIGHTS_NAME
 from leantune.core.errors import DataError, MethodError, RunError, describe
 from leantune.methods import TrainingPlan
-from leantune.train import checkpoint
+from leantune.train import checkpoint, distributed
 from leantune.train.isolation import packed_inputs
 from leantune.train.listener import plan_callbacks, plan_of
 from leantune.train.loss import Selection, count_targets, dense_losses, per_row, selected_losses
@@ -92,6 +92,12 @@ class LeanTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped, None)
         return DataError(f"{error}; the {step} steps before it are kept in {path}")
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; asked for FSDP2 it shards over CPU processes too."""
+        super().create_accelerator_and_postprocess()
+        distributed.shard_on_cpu(self.accelerator)
+        self.is_fsdp_enabled = getattr(self.accelerator.state, "fsdp_plugin", None) is not None
+
     # The loss
 
     def compute_loss(
@@ -152,8 +158,10 @@ class LeanTrainer(Trainer):
     def get_batch_samples(self, *arguments: Any, **keywords: Any) -> Any:
         """The batches of a step, counted."""
         batches, items = super().get_batch_samples(*arguments, **keywords)
+        seen = Meter()
         for batch in batches:
-            self.meter.add(batch)
+            seen.add(batch)
+        self.meter.join(distributed.sums(seen.counts, self.args.device))
         return batches, items
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -230,7 +238,8 @@ class LeanTrainer(Trainer):
         if self.group_by_length:
             rows: Any = dataset
             lengths = [len(example["input_ids"]) for example in rows]
-            return LengthSampler(lengths, self.args.train_batch_size, self.args.seed)
+            # The processes share out what is one batch to all of them together.
+            return LengthSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     # Evaluation
@@ -264,6 +273,13 @@ class LeanTrainer(Trainer):
             return super().evaluate(*arguments, **keywords)
 
     # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; of a model sharded by FSDP2 nothing is gathered that an adapter's file does not hold."""
+        if self.accelerator.is_fsdp2 and isinstance(self.model, PeftModel):
+            self._save(output_dir, state_dict=distributed.whole_state(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._writing) if self._writing is not None else super()._get_output_dir(trial)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from leantune.train.loss import count_targets
 
@@ -29,13 +31,14 @@ def validate(trainer: LeanTrainer, dataloader: Any) -> tuple[dict[str, float], i
     model.eval()
     causal = trainer.task == "causal-lm"
     totals = torch.zeros(4, dtype=torch.float64)
-    for batch in dataloader:
+    for batch, counts in _own_batches(trainer, dataloader):
         inputs = trainer._prepare_inputs(batch)
         loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
         rows = inputs["labels"].shape[0]
         items = int(count_targets(inputs["labels"])) if causal else rows
         right = 0.0 if causal else _hits(trainer.task, outputs.logits, inputs["labels"])
-        totals += torch.tensor([float(loss) * items, items, rows, right], dtype=torch.float64)
+        if counts:
+            totals += torch.tensor([float(loss) * items, items, rows, right], dtype=torch.float64)
     model.train(was_training)
     if trainer.args.world_size > 1:
         totals = trainer.accelerator.reduce(totals.to(trainer.args.device), reduction="sum")
@@ -47,6 +50,26 @@ def validate(trainer: LeanTrainer, dataloader: Any) -> tuple[dict[str, float], i
     else:
         metrics |= {"accuracy" if trainer.task == "classification" else "mean_absolute_error": right / max(rows, 1)}
     return metrics, int(rows)
+
+
+def _own_batches(trainer: LeanTrainer, dataloader: Any) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The batches of this process, and whether they count: the last one may only keep step with the others.
+
+    accelerate fills up the last round with rows from the beginning, and would count these twice.
+    """
+    count, own = trainer.args.world_size, trainer.args.process_index
+    if count == 1 or isinstance(dataloader.dataset, IterableDataset):
+        yield from ((batch, True) for batch in dataloader)
+        return
+    rows, size = range(len(dataloader.dataset)), trainer.args.eval_batch_size
+    batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+    places = range(own, -(-len(batches) // count) * count, count)
+    loader = DataLoader(
+        dataloader.dataset,
+        batch_sampler=[batches[min(place, len(batches) - 1)] for place in places],
+        collate_fn=dataloader.collate_fn,
+    )
+    yield from ((batch, place < len(batches)) for batch, place in zip(loader, places, strict=True))
 
 
 def _hits(task: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
