@@ -3,14 +3,14 @@
 A prompt is tokenised alone, as generation will see it. The completion gets the tokens it has after that prompt: those
 of the joined text when they begin with the prompt's own, else its own tokens alone (a word that would merge across
 the border must not, since at generation time the border is there). The tokenizer's opening token is added if it adds
-one, and the end-of-text token closes the completion. Only the completion (the assistant's turns, through their
-end-of-text token) carries loss.
+one, and the end-of-text token closes the completion. Only the completion (the assistant's turns, through the token
+that ends each) carries loss. A plain text carries loss on every token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, overload
 
@@ -84,7 +84,7 @@ def special_prefix(tokenizer: Any) -> list[int]:
 
 
 def _join(
-    pieces: list[Piece], wholes: list[list[int]], opening: list[int], tokenizer: Any
+    pieces: list[Piece], wholes: list[list[int]], opening: list[int], special: frozenset[int], tokenizer: Any
 ) -> tuple[list[int], list[bool]]:
     """Ids and loss flags of a row's pieces.
 
@@ -92,6 +92,7 @@ def _join(
         pieces: the row's stretches of text.
         wholes: for each piece, the ids of all text through it.
         opening: ids before the text.
+        special: ids of the special tokens.
         tokenizer: for a piece whose ids depend on its neighbour.
     """
     ids: list[int] = []
@@ -104,21 +105,33 @@ def _join(
         ids.extend(new)
         flags.extend([piece.loss] * len(new))
         if piece.loss:
-            _stop_at_end(ids, flags, len(new), tokenizer.eos_token_id)
+            _stop_at_end(ids, flags, len(new), special, tokenizer)
     return opening + ids, [False] * len(opening) + flags
 
 
-def _stop_at_end(ids: list[int], flags: list[bool], new: int, eos: int | None) -> None:
-    """Take the loss off what a template writes after a turn's end-of-text token: generation never gets there."""
-    if new == 0 or eos is None or eos not in ids[-new:]:
-        return
-    position = len(ids) - 1
-    while ids[position] != eos:
-        flags[position] = False
-        position -= 1
+def _stop_at_end(ids: list[int], flags: list[bool], new: int, special: frozenset[int], tokenizer: Any) -> None:
+    """Take the loss off what a template writes after the token that ends a turn: generation never gets there.
+
+    That is everything after an end-of-text token, and white space after any special token (as ``<end_of_turn>``).
+    """
+    first = len(ids) - new
+    for position in range(len(ids) - 1, first - 1, -1):
+        if ids[position] in special:
+            rest = ids[position + 1 :]
+            if ids[position] == tokenizer.eos_token_id or (rest and not tokenizer.decode(rest).strip()):
+                flags[position + 1 :] = [False] * len(rest)
+            return
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids of the special tokens, those beside the tokenizer's own few included (``<|eot_id|>``, ``<end_of_turn>``)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return frozenset([*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)])
 
 
 def _completion_pieces(row: Row) -> list[Piece]:
+    if row.is_plain_text:
+        return [Piece(row.text or "", True)]
     return [Piece(row.prompt or "", False), Piece(row.completion or "", True)]
 
 
@@ -153,9 +166,10 @@ def _tokenise(rows: list[Row], tokenizer: Any, template: str | None) -> Iterator
         all_pieces = [_completion_pieces(row) for row in rows]
         opening = special_prefix(tokenizer)
     beginnings = ["".join(p.text for p in pieces[: k + 1]) for pieces in all_pieces for k in range(len(pieces))]
+    special = special_ids(tokenizer)
     batch = iter(tokenizer(beginnings, add_special_tokens=False, verbose=False)["input_ids"])
     for row, pieces in zip(rows, all_pieces, strict=True):
-        ids, flags = _join(pieces, list(islice(batch, len(pieces))), opening, tokenizer)
+        ids, flags = _join(pieces, list(islice(batch, len(pieces))), opening, special, tokenizer)
         if row.messages is None:
             if flags and flags[0]:
                 ids, flags = _first_token(tokenizer) + ids, [False, *flags]
@@ -168,6 +182,12 @@ def _any_weight(rows: list[Row]) -> bool:
     return any("weight" in message for row in rows for message in row.messages or [])
 
 
+def _kind(row: Row) -> str:
+    if row.messages is not None:
+        return "messages"
+    return "text" if row.is_plain_text else "prompt and completion"
+
+
 def check_answers(rows: Sequence[Row]) -> None:
     """Refuse rows that have no answer (rows of text and label), or are not all of one layout.
 
@@ -176,16 +196,36 @@ def check_answers(rows: Sequence[Row]) -> None:
     """
     problems = Problems("data")
     for row in rows:
-        if row.messages is None and row.completion is None:
-            got = "a text with a label" if row.text is not None else "no answer"
-            problems.add(row.where, got, "a prompt and completion, or messages", "mend the data, or name another task")
-        elif (row.messages is None) != (rows[0].messages is None):
+        if row.messages is None and row.completion is None and not row.is_plain_text:
+            labelled = row.text is not None
+            got, do = "a text with a label", "name the task, or --format text to learn the text itself"
+            if not labelled:
+                got, do = "no answer", "mend the data, or name another task"
+            problems.add(row.where, got, "a prompt and completion, or messages", do)
+        elif _kind(row) != _kind(rows[0]):
             problems.add(row.where, "a row of another layout than the first", "one layout", "split the data")
     problems.raise_if_any()
 
 
+def settled(row: Row, tokenizer: Any, template: str | None) -> Row:
+    """The one form of a row that has two (Alpaca): messages where there is a chat template, else the prompt."""
+    if row.messages is None or row.prompt is None:
+        return row
+    if template or tokenizer.chat_template:
+        return replace(row, prompt=None, completion=None)
+    return replace(row, messages=None)
+
+
+def _settled(rows: Sequence[Row], tokenizer: Any, template: str | None) -> list[Row]:
+    found = [settled(row, tokenizer, template) for row in rows]
+    if any(row.messages is not None for row in found):
+        # Some have earlier turns, which no prompt can hold; the lack of a template is what has to be mended.
+        chat.chat_template(tokenizer, template)
+    return found
+
+
 def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int | None, template: str | None = None) -> Encoded:
-    """Tokenise rows of prompt and completion, or of messages, with loss on the answers alone.
+    """Tokenise rows of prompt and completion, or of messages, with loss on the answers alone; or plain texts.
 
     Args:
         rows: rows of one layout, as :func:`leantune.data.read_rows` gives them.
@@ -201,18 +241,32 @@ def encode(rows: Sequence[Row], tokenizer: Any, *, max_length: int | None, templ
             template cannot render a row or hides where the assistant speaks, or the tokenizer lacks a template or
             end-of-text token. Rows are named.
     """
+    rows = _settled(rows, tokenizer, template)
     check_answers(rows)
     problems = Problems("data")
     encoded = Encoded(max_length=max_length)
+    remedy = _remedy(rows, tokenizer, template)
     for start in range(0, len(rows), _CHUNK_ROWS):
         chunk = list(rows[start : start + _CHUNK_ROWS])
         for offset, (ids, flags) in enumerate(_tokenise(chunk, tokenizer, template)):
-            _add(encoded, chunk[offset], start + offset, ids, flags, problems)
+            _add(encoded, chunk[offset], start + offset, ids, flags, problems, remedy)
     problems.raise_if_any()
     return encoded
 
 
-def _add(encoded: Encoded, row: Row, index: int, ids: list[int], flags: list[bool], problems: Problems) -> None:
+def _remedy(rows: list[Row], tokenizer: Any, template: str | None) -> str:
+    """What to do about rows without loss."""
+    if rows and rows[0].messages is not None and chat.has_generation_marks(chat.chat_template(tokenizer, template)):
+        return (
+            "put {% generation %} and {% endgeneration %} around what the assistant says in the chat template (and the "
+            "token that ends it), or take these marks out of it: the turns are then found by rendering"
+        )
+    return "delete the row, or check the chat template"
+
+
+def _add(
+    encoded: Encoded, row: Row, index: int, ids: list[int], flags: list[bool], problems: Problems, remedy: str
+) -> None:
     # Nothing predicts the first token, so it never carries loss.
     flags = [False, *flags[1:]]
     limit = encoded.max_length
@@ -225,9 +279,7 @@ def _add(encoded: Encoded, row: Row, index: int, ids: list[int], flags: list[boo
                 row.where, got, "at least one token that carries loss", "raise max_length or shorten the prompt"
             )
         else:
-            problems.add(
-                row.where, "no token carries loss", "at least one", "delete the row, or check the chat template"
-            )
+            problems.add(row.where, "no token carries loss", "at least one", remedy)
         return
     if cut:
         encoded.truncated += 1
@@ -244,13 +296,14 @@ def prompt_text(row: Row, tokenizer: Any, *, template: str | None = None) -> str
     """The text a model is asked with: the prompt, or the conversation before its last assistant turn, rendered.
 
     Args:
-        row: a row of prompt and completion, or of messages.
+        row: a row of prompt and completion, or of messages; of a plain text nothing is asked.
         tokenizer: its chat template renders messages.
         template: Jinja chat template that overrides the tokenizer's.
 
     Raises:
         DataError: as :func:`encode`, for messages.
     """
+    row = settled(row, tokenizer, template)
     if row.messages is None:
         return row.prompt or ""
     jinja = chat.chat_template(tokenizer, template)
@@ -275,5 +328,6 @@ def prompt_ids(row: Row, tokenizer: Any, *, template: str | None = None) -> list
 
     Arguments and errors as of :func:`prompt_text`.
     """
+    row = settled(row, tokenizer, template)
     text = prompt_text(row, tokenizer, template=template)
     return text_ids(text, tokenizer, rendered=row.messages is not None)
