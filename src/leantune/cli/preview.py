@@ -57,6 +57,9 @@ def _print_parameters(out: Console, found: dict[str, Any]) -> None:
 
 
 def _print_data(out: Console, title: str, data: dict[str, Any], config: dict[str, Any]) -> None:
+    if data["rows"] is None:
+        _line(out, title, f"{data['path']}, read while training")
+        return
     text = f"{data['rows']:,} rows of {data['path']}, {data['total_tokens']:,} tokens"
     if config["task"] == "causal-lm" and data["total_tokens"]:
         text += f", {data['loss_tokens']:,} carry loss ({data['loss_tokens'] / data['total_tokens']:.1%})"

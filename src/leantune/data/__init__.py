@@ -14,7 +14,7 @@ from leantune.data.encoding import NO_LOSS, Encoded, check_answers, encode, prom
 from leantune.data.packing import Packs
 from leantune.data.report import masked_text, summary
 from leantune.data.row import Row
-from leantune.data.source import data_hash, read_rows
+from leantune.data.source import data_hash, iter_rows, read_rows
 
 if TYPE_CHECKING:
     from leantune.data.collator import Collator, PackCollator
@@ -34,6 +34,7 @@ __all__ = [
     "encode_classification",
     "encode_regression",
     "find_label_names",
+    "iter_rows",
     "masked_text",
     "prompt_ids",
     "prompt_text",

@@ -14,7 +14,7 @@ def card(summary: dict[str, Any]) -> dict[str, Any]:
     Args:
         summary: the record of the run (run.json).
     """
-    config, data, base = summary["config"], summary["data"], summary["base"]
+    config, data, base = summary["config"], _counts(summary), summary["base"]
     return {
         "title": f"{base['name']} fine-tuned with {summary['method']['name']}",
         "description": (
@@ -25,8 +25,18 @@ def card(summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _counts(summary: dict[str, Any]) -> dict[str, Any]:
+    """Rows and tokens of the training file; of one that was streamed those that were seen."""
+    data: dict[str, Any] = summary["data"]
+    if data["rows"] is not None:
+        return data
+    seen = {"rows": summary["rows_seen"], "total_tokens": summary["tokens_seen"]}
+    seen |= {"loss_tokens": summary["loss_tokens_seen"], "truncated": summary["stream"]["truncated"]}
+    return {**data, **seen}
+
+
 def _settings(summary: dict[str, Any]) -> dict[str, Any]:
-    config, data = summary["config"], summary["data"]
+    config, data = summary["config"], _counts(summary)
     options = ", ".join(f"{name}={value}" for name, value in config["method_options"].items())
     return {
         "method": summary["method"]["title"],
@@ -35,7 +45,7 @@ def _settings(summary: dict[str, Any]) -> dict[str, Any]:
         "training rows": f"{data['rows']:,} ({data['loss_tokens']:,} of {data['total_tokens']:,} tokens carry loss)",
         "cut rows": f"{data['truncated']:,} at {config['max_length']} tokens",
         "data hash": data["hash"],
-        "batch": f"{config['batch_size']} rows x {config['gradient_accumulation']}",
+        "batch": f"{config['batch_size']} {'packs' if config['packing'] else 'rows'} x {config['gradient_accumulation']}",
         "learning rate": f"{config['lr']:g}, {config['schedule']}, warm-up {config['warmup_ratio']:g} of the steps",
         "seed": config["seed"],
         "trained parameters": f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,}",

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from leantune.core.errors import ConfigError, MethodError, describe, did_you_mean, raise_all
 from leantune.train.option import method_options, user_options
+from leantune.train.regime import contradictions
 
 if TYPE_CHECKING:
     from leantune.methods import Method
@@ -48,27 +49,50 @@ class RunConfig(BaseModel):
     max_length: int = Field(1024, ge=2, description="Tokens kept of a row; longer rows are cut and counted")
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides epochs")
-    batch_size: int = Field(8, ge=1, description="Rows in a forward pass")
+    batch_size: int = Field(8, ge=1, description="Rows in a forward pass (packs, with packing)")
     gradient_accumulation: int = Field(1, ge=1, description="Forward passes in an optimizer step")
     group_by_length: bool = Field(
         False, description="Put rows of similar length in one batch: less padding, less random batches"
+    )
+    packing: bool = Field(
+        False, description="Put rows together into sequences of max_length tokens, each row seeing itself alone"
+    )
+    streaming: bool = Field(
+        False, description="Read the training file while training, for files larger than memory; needs max_steps"
+    )
+    shuffle_buffer: int = Field(1000, ge=1, description="Rows held to draw the next one from, with streaming")
+    optimizer: str = Field(
+        "adamw_torch", description="Optimizer by transformers' name: adamw_torch, sgd, adafactor, lion_32bit, ..."
     )
     lr: float | None = Field(None, gt=0, description="Peak learning rate; null means the method's own default")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="How the learning rate falls to zero after the warm-up"
     )
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="Share of the steps in which the learning rate rises")
-    weight_decay: float = Field(0.0, ge=0, description="Decay of the trained parameters (AdamW)")
+    weight_decay: float = Field(0.0, ge=0, description="Decay of the trained parameters, norms and biases left out")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 means no clipping")
     seed: int = Field(0, ge=0, description="Seed of row order, initialisation, dropout and the method's selection")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="Type of the base weights; trained parameters are at least float32"
+    )
+    quantization: Literal["none", "4bit", "8bit"] = Field(
+        "none", description="Pack the frozen base weights while they are loaded; what trains stays float32"
+    )
+    quantization_backend: Literal["auto", "bitsandbytes", "torchao"] = Field(
+        "auto", description="Library that packs them; auto takes the first one installed that has the format"
+    )
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="bf16: matrix products in bfloat16 over these weights (autocast); float32: in their type"
     )
     device: Literal["auto", "cpu"] = Field(
         "auto", description="Where to train; auto takes an accelerator if there is one"
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: less memory, about a third more time"
+    )
+    compile: bool = Field(
+        False,
+        description="Compile the model with torch.compile: minutes at the start, faster steps (needs a C++ compiler)",
     )
     logits: Literal["selected", "all"] = Field(
         "selected", description="Compute logits only where the loss is, or at every position (slower, same numbers)"
@@ -103,7 +127,7 @@ class RunConfig(BaseModel):
             problems = [_problem(item, type(self).model_fields) for item in error.errors()]
         problems += _method_problems(values)
         if not problems:
-            problems = self._contradictions()
+            problems = self._contradictions() + contradictions(self)
         raise_all(problems, ConfigError)
         self.method_options = method_options(self.chosen_method, self.method_options)[0]
 
@@ -119,11 +143,29 @@ class RunConfig(BaseModel):
         """The peak learning rate: the one given, or the method's own."""
         return self.lr if self.lr is not None else self.chosen_method.default_learning_rate
 
+    def resolved(self) -> RunConfig:
+        """A copy in which what was left to the method and the machine is decided: learning rate and quantiser.
+
+        Raises:
+            DependencyError: no library that could quantise is installed.
+        """
+        from leantune.models.quantisation import resolve
+
+        backend = resolve(self.quantization, self.quantization_backend)
+        return self.model_copy(update={"lr": self.learning_rate, "quantization_backend": backend})
+
     def _contradictions(self) -> list[str]:
+        found = []
         if self.eval_steps is not None and self.eval_data is None:
             got = f"{self.eval_steps} without eval_data"
-            return [describe("eval_steps", got, "rows to evaluate on", "set eval_data, or drop eval_steps")]
-        return []
+            found.append(describe("eval_steps", got, "rows to evaluate on", "set eval_data, or drop eval_steps"))
+        if self.quantization != "none" and not self.chosen_method.is_adapter:
+            got = f"'{self.quantization}' with method {self.method}, which trains the base weights themselves"
+            found.append(describe("quantization", got, "an adapter beside packed weights", "choose s2ft or lora"))
+        if self.quantization != "none" and self.dtype == "float64":
+            got = f"float64 with quantization '{self.quantization}'"
+            found.append(describe("dtype", got, "float32, bfloat16 or float16, to compute in", "change one"))
+        return found
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from leantune.data import Encoded, data_hash
+from leantune.data import Encoded, RowStream, data_hash
 from leantune.models import BaseModel
+from leantune.train.batching import batching, stream_facts
 from leantune.train.config import RunConfig
 from leantune.train.meter import peak_memory
 from leantune.train.record import environment, loss_facts, parameter_counts
@@ -32,11 +33,13 @@ def before(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -
             "revision": base.revision,
             "content_hash": base.content_hash,
             "note": base.note,
+            "quantization": None if base.quantisation is None else base.quantisation.to_dict(),
         },
         # After the method was applied: its own account of what it did stands in its config.
         "method": {"name": method.name, "title": method.title, "config": next(iter(adapters.values()), {})},
         "data": _data_facts(config.data, examples.train),
         "eval_data": evaluation,
+        "batching": batching(config, examples.train, examples.packs),
         **parameter_counts(model),
         "config": config.model_dump(mode="json"),
         "environment": environment(),
@@ -55,6 +58,7 @@ def after(trainer: LeanTrainer) -> dict[str, Any]:
         "tokens_seen": meter.tokens,
         "loss_tokens_seen": meter.loss_tokens,
         "padding_share": meter.padding,
+        "stream": stream_facts(trainer.train_dataset),
         "train_time_s": meter.seconds,
         "tokens_per_s": meter.tokens / meter.seconds,
         "device": str(device),
@@ -73,7 +77,10 @@ def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {name.removeprefix("eval_"): value for name, value in scores.items()}
 
 
-def _data_facts(path: Path, encoded: Encoded) -> dict[str, Any]:
+def _data_facts(path: Path, encoded: Encoded | RowStream) -> dict[str, Any]:
+    if isinstance(encoded, RowStream):
+        unknown = ("rows", "total_tokens", "loss_tokens", "truncated", "tokens_cut", "truncation", "label_names")
+        return {"path": path.as_posix(), "hash": data_hash(path), **dict.fromkeys(unknown)}
     return {
         "path": path.as_posix(),
         "hash": data_hash(path),
