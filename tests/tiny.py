@@ -14,10 +14,16 @@ from transformers import (
     GemmaForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -25,6 +31,10 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from leantune.testing.model import exact_norms, scatter_weights
@@ -105,6 +115,68 @@ def _roberta() -> PreTrainedModel:
     return RobertaForSequenceClassification(RobertaConfig(**_ENCODER))
 
 
+def _phi3() -> PreTrainedModel:
+    # Query, key and value in one layer, gate and up in another.
+    return Phi3ForCausalLM(Phi3Config(**_DECODER))
+
+
+def _neox() -> PreTrainedModel:
+    # Query, key and value side by side in each head; a quarter of a head rotates.
+    config = {**_DECODER, "num_key_value_heads": None, "hidden_size": 48, "rotary_pct": 0.25}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**config))
+
+
+def _opt() -> PreTrainedModel:
+    # ReLU, biases everywhere, the head tied to the embedding.
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        word_embed_proj_dim=HIDDEN,
+        ffn_dim=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=32,
+        dropout=0.0,
+        **_TOKENS,
+    )
+    return OPTForCausalLM(config)
+
+
+def _t5() -> PreTrainedModel:
+    # Heads wider than hidden / heads, a gated feed-forward network, biases of position that all blocks share.
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=HIDDEN,
+        d_kv=6,
+        d_ff=INTERMEDIATE,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        relative_attention_num_buckets=8,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=2,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def _vit() -> PreTrainedModel:
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=5,
+    )
+    return ViTForImageClassification(config)
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -116,10 +188,19 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "roberta": _roberta,
 }
 
+# Families with one more thing that a test must know: fused layers, tied embeddings, two stacks, pixels.
+FURTHER: dict[str, Callable[[], PreTrainedModel]] = {
+    "phi3": _phi3,
+    "neox": _neox,
+    "opt": _opt,
+    "t5": _t5,
+    "vit": _vit,
+}
+
 
 def model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A model of the family, the same weights for the same seed, in eval mode; in float64 its norms are exact."""
-    made = FAMILIES[family]()
+    made = {**FAMILIES, **FURTHER}[family]()
     scatter_weights(made, seed, dtype)
     if dtype == torch.float64:
         exact_norms(made)
@@ -129,6 +210,16 @@ def model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any
 def ids(rows: int = 3, length: int = 7, seed: int = 3) -> Tensor:
     """Token ids without padding, ``(rows, length)``."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(family: str, rows: int = 3) -> dict[str, Tensor]:
+    """Arguments of a forward of the family's model."""
+    if family == "vit":
+        generator = torch.Generator().manual_seed(3)
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator, dtype=torch.float64)}
+    if family == "t5":
+        return {"input_ids": ids(rows), "decoder_input_ids": ids(rows, length=5, seed=4)}
+    return {"input_ids": ids(rows)}
 
 
 def linears(base: nn.Module) -> dict[str, nn.Module]:

@@ -271,6 +271,8 @@ class AdapterModel(StartingModel):
 
     # Read by PEFT; our defaults come from the structures that are found in the model.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+    without_targets = ""
+    """What else helps when no targets are given and there are no defaults, as the end of a sentence."""
 
     def layer_options(self, config: Any, path: str) -> dict[str, Any] | None:
         """What :meth:`AdapterLayer.update_layer` of the module at ``path`` gets; None leaves that module alone."""
@@ -299,7 +301,7 @@ class AdapterModel(StartingModel):
                         f"{type(peft_config).__name__}.target_modules",
                         f"not given, and a model of type '{model_config.get('model_type', 'unknown')}' has no default",
                         "Please specify `target_modules` in `peft_config`",
-                        self._what_is_there(),
+                        self._what_is_there() + self.without_targets,
                     )
                 )
             peft_config.target_modules = set(found)

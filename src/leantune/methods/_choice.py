@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from leantune.core.errors import TargetError, describe
 from leantune.methods import _selection as selecting
 from leantune.methods._permutation import Layout, structure_layout, unit_order
-from leantune.methods.structure import HeadLayout, Structure, find_structures
+from leantune.methods.structure import Structure
 
 
 @dataclass
@@ -39,21 +40,50 @@ def choose(
     targets: set[str],
     config: Any,
     shapes: Mapping[str, tuple[int, int]],
-    heads: HeadLayout | None,
+    structures: Iterable[Structure],
     squares: selecting.Squares,
 ) -> Choice:
-    """Choose heads and channels of every block; arguments as :func:`_choose_block`, ``heads`` from the config."""
+    """Choose heads and channels of every block.
+
+    Args:
+        targets: as for :func:`_choose_block`, like all that is not said here.
+        config: see there.
+        shapes: see there.
+        structures: of the whole model.
+        squares: see there.
+
+    Raises:
+        TargetError: the base is to be permuted, and units of a structure cannot be reordered.
+    """
     choice = Choice()
-    structures = sorted(find_structures(shapes, heads), key=lambda each: each.block)
+    structures = sorted(structures, key=lambda each: each.block)
+    # In a chain of layers one can be the output side of a structure and the input side of the next. It trains once.
+    reads = {part.module for each in structures for part in each.parts if part.axis == "in" and part.module in targets}
     for _, block in itertools.groupby(structures, key=lambda each: each.block):
-        _choose_block(choice, list(block), targets, config, shapes, squares)
+        _choose_block(choice, list(block), targets, reads, config, shapes, squares)
     return choice
+
+
+def _narrowed(structure: Structure, targets: set[str], reads: set[str], *, whole_groups: bool) -> Structure:
+    targeted = selecting.targeted(structure, targets, whole_groups=whole_groups)
+    return replace(
+        targeted, parts=tuple(part for part in targeted.parts if part.axis == "in" or part.module not in reads)
+    )
+
+
+def _require_permutable(structure: Structure) -> None:
+    if not structure.permutable:
+        got = "something outside of its layers (a bias of position, a norm by channel, a kernel) belongs to each unit"
+        raise TargetError(
+            describe("permute", f"{structure.block} ({structure.kind}): {got}", "units in any order", "permute=False")
+        )
 
 
 def _choose_block(
     choice: Choice,
     structures: list[Structure],
     targets: set[str],
+    reads: set[str],
     config: Any,
     shapes: Mapping[str, tuple[int, int]],
     squares: selecting.Squares,
@@ -64,11 +94,15 @@ def _choose_block(
         choice: of the blocks before.
         structures: all structures of the block, with all their parts.
         targets: paths of the modules that train.
+        reads: those of them that are the output side of some structure.
         config: budget, selection, order, coupling, seed and permute are read.
         shapes: path -> (out, in).
         squares: what a ranking is made from.
     """
-    narrowed = {each.kind: selecting.targeted(each, targets, whole_groups=config.permute) for each in structures}
+    narrowed = {
+        each.kind: _narrowed(each, targets, reads, whole_groups=config.permute and each.permutable)
+        for each in structures
+    }
     halves = {kind: selecting.sides(each, config.coupling) for kind, each in narrowed.items() if each.parts}
     counts = _counts(narrowed, halves, config, shapes)
     for structure in structures:
@@ -92,6 +126,7 @@ def _choose_block(
                 index = selecting.entries(part, chosen, half.choices)
                 choice.index.setdefault(part.module, []).append(selecting.Slice(part.axis, index))
         if config.permute and by_side and structure.kind != "plain":
+            _require_permutable(structure)
             nothing = torch.empty(0, dtype=torch.int64)
             both = by_side.get("both", nothing)
             inward, outward = by_side.get("inward", both), by_side.get("outward", both)

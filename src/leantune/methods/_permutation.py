@@ -44,8 +44,8 @@ def structure_layout(structure: Structure, order: Tensor, shapes: Mapping[str, t
         length = shapes[part.module][1 if part.axis == "in" else 0]
         axes = layout.setdefault(part.module, {})
         whole = axes.setdefault(part.axis, torch.arange(length))
-        used = entries(part, order, structure.choices)
-        whole[part.offset : part.offset + used.numel()] = used
+        places = entries(part, torch.arange(structure.choices), structure.choices)
+        whole[places] = entries(part, order, structure.choices)
     return layout
 
 

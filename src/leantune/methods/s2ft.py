@@ -29,15 +29,17 @@ from torch import Tensor, nn
 from leantune.core.errors import ConfigError, TargetError, describe, did_you_mean, raise_all
 from leantune.kernels.partial_linear import Axis, add_slice, partial_linear
 from leantune.methods import _selection as selecting
-from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, linear_features
+from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel
 from leantune.methods._calibration import Calibration
 from leantune.methods._choice import Choice, choose
+from leantune.methods._convolution import ConvolutionSlice, is_whole_convolution, refuse_calibration, weight_shape
+from leantune.methods._discovery import discover, traced_targets
 from leantune.methods._evidence import Questions
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
 from leantune.methods._permutation import BasePermutation
 from leantune.methods._registry import Method, register
 from leantune.methods._slice import SliceDelta
-from leantune.methods.structure import HeadLayout, find_structures
+from leantune.methods.structure import find_structures
 
 _CHOICES = {"selection": selecting.SELECTIONS, "order": ("largest", "smallest"), "coupling": ("shared", "independent")}
 
@@ -96,6 +98,10 @@ class S2FTConfig(AdapterConfig):
     achieved_ratio: float | None = field(
         default=None,
         metadata={"help": "Set by Leantune: the share of the targeted weights that trains.", "is_result": True},
+    )
+    traced: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "Set by Leantune: the structures that a trace of the model found.", "is_result": True},
     )
 
     def __post_init__(self) -> None:
@@ -211,11 +217,16 @@ class S2FTLinear(AdapterLayer):
         return (delta, one_hot) if own.axis == "in" else (one_hot.t().contiguous(), delta)
 
 
+class S2FTConv2d(ConvolutionSlice, S2FTLinear):
+    """A convolution with trained slices of channels beside it, one an adapter."""
+
+
 class S2FTModel(AdapterModel):
     """Chooses the slices of all targeted modules, block by block, and injects the layers."""
 
     prefix = prefix_of("s2ft")
     tuner_layer_cls = S2FTLinear
+    without_targets = "; or set model.dummy_inputs = {argument: tensor}, by which coupled layers can be found"
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
@@ -228,6 +239,20 @@ class S2FTModel(AdapterModel):
             self._chosen = self._choose(config, None)
         chosen = self._chosen.get(path)
         return None if chosen is None else {"chosen": chosen}
+
+    def adaptable(self, module: nn.Module) -> bool:
+        """Convolutions too, where they mix all channels."""
+        return super().adaptable(module) or is_whole_convolution(module)
+
+    def layer_class(self, base: nn.Module) -> type[AdapterLayer]:
+        """The layer for a convolution, or that for a linear one."""
+        return S2FTConv2d if isinstance(base, nn.Conv2d) else S2FTLinear
+
+    def default_targets(self) -> tuple[str, ...]:
+        """The output side of every structure: by the table, and by a trace where that leaves layers of a block open."""
+        layers, shapes = self._base_layers()
+        by_name = super().default_targets()
+        return (*by_name, *(each for each in traced_targets(self.model, layers, shapes) if each not in by_name))
 
     @property
     def permutation(self) -> BasePermutation:
@@ -248,20 +273,25 @@ class S2FTModel(AdapterModel):
     def _base_layers(self) -> tuple[dict[str, nn.Module], dict[str, tuple[int, int]]]:
         """The layers that could train, and their ``(out, in)``."""
         layers = dict(self._linears())
-        return layers, {path: linear_features(layer)[::-1] for path, layer in layers.items()}
+        return layers, {path: weight_shape(layer) for path, layer in layers.items()}
 
     def _weight_squares(self, layers: dict[str, nn.Module]) -> selecting.Squares:
         # A choice by weight reads the weights in the checkpoint's order, dequantised where needed, one at a time.
         def squares(measure: selecting.Measure, path: str, axis: Axis) -> Tensor:
             del measure
-            weight = self.permutation.original(path, S2FTLinear(layers[path], "probe").dense_weight())
+            layer = self.layer_class(layers[path])(layers[path], "probe")
+            weight = self.permutation.original(path, layer.dense_weight())
             return weight.double().square().sum(0 if axis == "in" else 1).cpu()
 
         return squares
 
     def _choice(self, config: S2FTConfig, shapes: dict[str, tuple[int, int]], squares: selecting.Squares) -> Choice:
         targets = {path for path in shapes if self._check_target_module_exists(config, path)}
-        return choose(targets, config, shapes, HeadLayout.of(getattr(self.model, "config", None)), squares)
+        layers, _ = self._base_layers()
+        refuse_calibration(config.selection, {path: layers[path] for path in targets})
+        found = discover(self.model, layers, shapes, targets, config.traced)
+        config.traced = found.traced
+        return choose(targets, config, shapes, found.structures, squares)
 
     def _choose(
         self, config: S2FTConfig, squares: selecting.Squares | None, starting: Iterable[str] = ()
