@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from leantune.core.atomic import write_bytes
 
 WORDS = [
     *("<pad>", "</s>", "<unk>", "red", "green", "blue", "one", "two", "three", "cat", "dog", "bird"),
@@ -174,3 +178,17 @@ def make_examples(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def examples() -> list[dict[str, Any]]:
     """Twelve random rows."""
     return make_examples(12)
+
+
+@pytest.fixture(scope="session")
+def frozen() -> None:
+    """Whatever is there by now is not looked at again by gc.collect(), which every Trainer calls."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def quick(frozen: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without what costs them the most here: the picture, and waiting for the disk."""
+    monkeypatch.setattr("leantune.train.run.draw_loss", lambda metrics, path, title: write_bytes(path, b"picture"))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)

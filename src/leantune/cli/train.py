@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leantune.cli.command import console, one_command, program
+from leantune.cli.command import console, one_command, program, say
 from leantune.cli.option import options_of, run_options, with_options
-from leantune.core.errors import ConfigError, describe
+from leantune.core.errors import ConfigError, RunError, describe
 
 if TYPE_CHECKING:
     from leantune.train import RunConfig
+
+_RECIPES = (".yaml", ".yml")
 
 
 def command(words: list[str]) -> Any:
@@ -32,13 +35,22 @@ def command(words: list[str]) -> Any:
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="A YAML recipe; flags win over it.", show_default=False)] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="A YAML recipe; flags win over it. With --resume also a run folder.", show_default=False),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="key=value", help="Set any field of the recipe; repeat as needed."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Resolve and check everything, say what would happen, train nothing.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run from its newest checkpoint: the same bits on a CPU.")
+    ] = False,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="The same under other library versions or on another device.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
     **given: Any,
@@ -47,18 +59,37 @@ def train(
     to this list.
 
     The run folder holds the adapter, config.yaml, metrics.jsonl, loss.png, run.json and checkpoints; a run that was
-    killed leaves its last good state there.
+    killed leaves its last good state there, and `leantune train --resume FOLDER` goes on from it.
     """
-    config = configuration(recipe, settings or [], given)
+    resume = resume or resume_anyway
+    config = configuration(recipe, settings or [], given, resume=resume)
     if dry_run:
         _say_what_would_happen(config, as_json)
         return
     if as_json:
         raise ConfigError(describe("--json", "without --dry-run", "a dry run", "add --dry-run; a run writes run.json"))
-    from leantune.train import fit
+    from leantune.train import distributed, fit
 
-    run = fit(config)
-    _say_what_next(run.folder, config)
+    if lost := distributed.lost_processes():
+        say(lost)
+    try:
+        run = fit(config, resume=resume, resume_anyway=resume_anyway)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped at once; {program()} train --resume {config.out} goes on from the last checkpoint", err=True
+        )
+        raise typer.Exit(_exit_code("SIGINT")) from None
+    stopped_by = run.summary.get("signal")
+    if distributed.is_main():
+        _say_what_next(run.folder, config, is_complete=stopped_by is None)
+    distributed.leave()
+    if stopped_by is not None:
+        raise typer.Exit(_exit_code(stopped_by))
+
+
+def _exit_code(name: str) -> int:
+    """As a shell counts a process that a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + signal.Signals[name]
 
 
 def _say_what_would_happen(config: RunConfig, as_json: bool) -> None:
@@ -72,8 +103,10 @@ def _say_what_would_happen(config: RunConfig, as_json: bool) -> None:
         print_preview(console(), found)
 
 
-def configuration(recipe: Path | None, settings: list[str], given: dict[str, Any]) -> RunConfig:
-    """The run's config: the recipe, then ``--set``, then the flags that were given."""
+def configuration(
+    recipe: Path | None, settings: list[str], given: dict[str, Any], *, resume: bool = False
+) -> RunConfig:
+    """The run's config: the recipe (that of the run to go on with), then ``--set``, then the flags that were given."""
     from leantune.train.config import RunConfig, apply_overrides
 
     flags = [
@@ -82,7 +115,25 @@ def configuration(recipe: Path | None, settings: list[str], given: dict[str, Any
         if value is not None
     ]
     overrides = [*settings, *flags]
+    if recipe is None and resume and given.get("out"):
+        recipe = Path(given["out"])
+    if recipe is not None and (recipe.is_dir() or (resume and recipe.suffix not in _RECIPES)):
+        recipe = _config_of_run(recipe, resume)
+        overrides.append(f"out={recipe.parent}")
     return RunConfig.from_yaml(recipe, overrides) if recipe else RunConfig(**apply_overrides({}, overrides))
+
+
+def _config_of_run(folder: Path, resume: bool) -> Path:
+    from leantune.train.folder import CONFIG
+
+    if not resume:
+        raise ConfigError(
+            describe(str(folder), "a folder", "a YAML recipe", "add --resume to go on with the run in it")
+        )
+    if not (folder / CONFIG).is_file():
+        got = f"no {CONFIG}" if folder.exists() else "not there"
+        raise RunError(describe(str(folder), got, "the folder of a run to go on with", "check the path"))
+    return folder / CONFIG
 
 
 def _method_named(words: list[str]) -> str | None:
@@ -97,14 +148,15 @@ def _method_named(words: list[str]) -> str | None:
         if word.startswith("method=") and index and words[index - 1] == "--set":
             name = word.removeprefix("method=")
     if name is None:
-        name = next((found for word in words if (found := _method_of_recipe(word))), None)
+        recipes = [f"{word}/config.yaml" if Path(word).is_dir() and "--resume" in words else word for word in words]
+        name = next((found for word in recipes if (found := _method_of_recipe(word))), None)
     return name
 
 
 def _method_of_recipe(word: str) -> str | None:
     import yaml
 
-    if not word.endswith((".yaml", ".yml")) or not Path(word).is_file():
+    if not word.endswith(_RECIPES) or not Path(word).is_file():
         return None
     try:
         values = yaml.safe_load(Path(word).read_text(encoding="utf-8"))
@@ -114,10 +166,11 @@ def _method_of_recipe(word: str) -> str | None:
     return values.get("method") if isinstance(values, dict) else None
 
 
-def _say_what_next(folder: Path, config: RunConfig) -> None:
+def _say_what_next(folder: Path, config: RunConfig, is_complete: bool) -> None:
     out, name = console(), program()
     out.print("\nNext:")
     for line in (
+        *([] if is_complete else [f"{name} train --resume {folder}"]),
         f"{name} generate {folder} --prompt '...'",
         f"{name} eval {folder} --data {config.eval_data or 'FILE'}",
         *([f"{name} export {folder} --format lora --out DIR"] if config.chosen_method.is_adapter else []),
