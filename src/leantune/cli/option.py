@@ -88,6 +88,8 @@ def type_name(annotation: Any) -> str:
             name = "|".join(str(value) for value in typing.get_args(part))
         elif part in (list, tuple, set) or origin in (list, tuple, set):
             name = "int,int" if typing.get_args(part)[:1] == (int,) else "name,name"
+        elif origin is dict and typing.get_args(part) == (str, str):
+            name = "name=name,name=name"
         else:
             name = _WORD.get(part, "yaml")
         if name not in names:

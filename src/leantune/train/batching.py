@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from leantune.data import Encoded, Packs, Row, RowStream, iter_rows
+from leantune.data import Encoded, Packs, Row, RowStream
 from leantune.data.packing import padding_share
 from leantune.train.config import RunConfig
+from leantune.train.rows import streamed
 from leantune.train.sampler import LengthSampler
 
 # What is not in use is worked out on so many rows at most: enough for the share, which is all that is asked of it.
@@ -25,7 +26,7 @@ def stream(config: RunConfig, encode: Callable[[list[Row]], Encoded]) -> RowStre
         encode: rows to examples.
     """
     return RowStream(
-        partial(iter_rows, config.data, format=config.format, limit=config.limit),
+        partial(streamed, config),
         encode,
         shuffle_buffer=config.shuffle_buffer,
         seed=config.seed,

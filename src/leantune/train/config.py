@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from leantune.core.errors import ConfigError, MethodError, describe, did_you_mean, raise_all
+from leantune.core.errors import ConfigError, LeantuneError, MethodError, describe, did_you_mean, raise_all
 from leantune.train.option import method_options, user_options
 from leantune.train.regime import contradictions
 
@@ -34,7 +34,10 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
     model: str = Field(description="Base model: a Hub id, a local folder, a GGUF file, or smollm2-135m")
-    data: Path = Field(description="Training rows: a jsonl or parquet file")
+    data: Path = Field(
+        description="Training rows: a jsonl, json, csv, tsv or parquet file, a folder of these, or a Hub data set "
+        "(owner/name, owner/name/config:split)"
+    )
     out: Path = Field(description="Run folder to write")
     method: str = Field("s2ft", description="Fine-tuning method; `leantune methods` lists them")
     method_options: dict[str, Any] = Field(
@@ -44,7 +47,20 @@ class RunConfig(BaseModel):
     task: Literal["causal-lm", "classification", "regression"] = Field(
         "causal-lm", description="What to train: the language model itself, or a head on top of it"
     )
-    format: str | None = Field(None, description="Format of the data files; null means by their columns")
+    eval_share: float | None = Field(
+        None, gt=0, lt=1, description="Share of the training rows to hold out and measure on, by a hash of the prompt"
+    )
+    format: str | None = Field(
+        None,
+        description="Format of the rows: messages, sharegpt, alpaca, prompt-completion, classification or text; null "
+        "means by their columns",
+    )
+    columns: dict[str, str] | None = Field(
+        None, description="Which column means what, where its name does not say: prompt=question,completion=answer"
+    )
+    chat_template: Path | None = Field(
+        None, description="File with the chat template (Jinja) to use; null means the tokenizer's own"
+    )
     limit: int | None = Field(None, ge=1, description="Use only the first rows of the training file; null means all")
     max_length: int = Field(1024, ge=2, description="Tokens kept of a row; longer rows are cut and counted")
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows")
@@ -119,6 +135,19 @@ class RunConfig(BaseModel):
         is_list = isinstance(value, (list, tuple))
         return [name for name in value if str(name) not in _NOTHING] if is_list else value if value else []
 
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _roles(cls, value: Any) -> Any:
+        """``prompt=question,completion=answer`` as a mapping."""
+        if not isinstance(value, str):
+            return value
+        from leantune.data.column import parse_columns
+
+        try:
+            return parse_columns(value) or None
+        except LeantuneError as error:
+            raise ValueError(str(error)) from error
+
     def __init__(self, **values: Any) -> None:
         problems: list[str] = []
         try:
@@ -156,9 +185,14 @@ class RunConfig(BaseModel):
 
     def _contradictions(self) -> list[str]:
         found = []
-        if self.eval_steps is not None and self.eval_data is None:
+        if self.eval_steps is not None and self.eval_data is None and self.eval_share is None:
             got = f"{self.eval_steps} without eval_data"
-            found.append(describe("eval_steps", got, "rows to evaluate on", "set eval_data, or drop eval_steps"))
+            do = "set eval_data or eval_share, or drop eval_steps"
+            found.append(describe("eval_steps", got, "rows to evaluate on", do))
+        if self.eval_share is not None and self.eval_data is not None:
+            got = f"{self.eval_share:g} beside eval_data {self.eval_data.as_posix()}"
+            do = "drop eval_share to evaluate on the file, or eval_data to hold rows out"
+            found.append(describe("eval_share", got, "one set of rows to evaluate on", do))
         if self.quantization != "none" and not self.chosen_method.is_adapter:
             got = f"'{self.quantization}' with method {self.method}, which trains the base weights themselves"
             found.append(describe("quantization", got, "an adapter beside packed weights", "choose s2ft or lora"))
@@ -273,7 +307,8 @@ def _problem(item: Any, fields: Iterable[str]) -> str:
         return describe(where, "unknown setting", did_you_mean(where, fields), "mend the name or drop the line")
     if item["type"] == "missing":
         return describe(where, "missing", "this setting has no default", f"set {where}")
-    wanted = item["msg"][0].lower() + item["msg"][1:]
+    said = item["msg"].removeprefix("Value error, ")
+    wanted = said[0].lower() + said[1:]
     return describe(where, f"{item['input']!r}", wanted, "change the value")
 
 

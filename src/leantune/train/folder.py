@@ -1,6 +1,7 @@
 """The run folder: who may write into it, and what a reader may believe of it.
 
     config.yaml     the settings of the latest attempt
+    chat_template.jinja  the chat template it was given, if any
     metrics.jsonl   its figures, step by step; loss.png draws them
     checkpoints/    its checkpoints, each complete
     adapter/        the newest complete result (model/ when the method trains the whole model)
@@ -19,9 +20,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from leantune.core import atomic
 from leantune.core.errors import RunError, describe
+from leantune.data.template import read_template
 from leantune.train import checkpoint
 from leantune.train.config import RunConfig
 from leantune.train.record import METRICS, RECORD, file_hash, plain, rewind_metrics
+from leantune.train.rows import TEMPLATE
 
 CONFIG = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -38,6 +41,19 @@ def result_folder(folder: Path) -> Path | None:
         if (folder / name).is_dir():
             return folder / name
     return checkpoint.last_checkpoint(folder / CHECKPOINTS)
+
+
+def template_of(folder: Path) -> str | None:
+    """The chat template that a run was trained with: beside its result, else as it was given; None without one."""
+    result = result_folder(folder)
+    places = [*([result / TEMPLATE] if result is not None else []), folder / TEMPLATE]
+    return next((read_template(path) for path in places if path.is_file()), None)
+
+
+def kept_template(config: RunConfig) -> Path | None:
+    """The run's copy of the chat template it was given."""
+    path = config.out / TEMPLATE
+    return path if config.chat_template is not None and path.is_file() else None
 
 
 def check_vacant(folder: Path, overwrite: bool) -> None:
@@ -71,6 +87,10 @@ def begin(config: RunConfig) -> None:
     for path in reversed(checkpoint.checkpoints(folder / CHECKPOINTS)):
         checkpoint.remove(path)
     atomic.write_text(folder / METRICS, "")
+    if config.chat_template is not None:
+        atomic.write_text(folder / TEMPLATE, read_template(config.chat_template))
+    else:
+        (folder / TEMPLATE).unlink(missing_ok=True)
     (folder / CHECKPOINTS).mkdir(exist_ok=True)
     atomic.write_text(folder / CONFIG, config.to_yaml())
 

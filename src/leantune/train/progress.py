@@ -52,6 +52,12 @@ class Report(TrainerCallback):
                 if summary["config"]["task"] == "causal-lm"
                 else f"data    {data['rows']:,} rows, {data['total_tokens']:,} tokens"
             )
+        for note in (data.get("source") or {}).get("notes", []):
+            self.say(f"        {note}")
+        held = summary["eval_data"]
+        if held and held.get("eval_share"):
+            share = f"a share of {held['eval_share']:g} by a hash of what they ask"
+            self.say(f"        {held['rows']:,} rows more are held out for evaluation ({share})")
         if data["truncation"]:
             self.say(f"        {data['truncation']}")
         self.say(batch_line(summary["batching"], data["rows"]))

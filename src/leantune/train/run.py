@@ -101,6 +101,10 @@ class Run:
             self.model = self.base.model
         self.model.eval()
         self.tokenizer = self.base.tokenizer
+        template = run_folder.template_of(self.folder)
+        if template is not None and not isinstance(self.tokenizer.chat_template, dict):
+            # What it was trained with, whatever the base's tokenizer has by now.
+            self.tokenizer.chat_template = template
         return self.base, self.model
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,17 @@ from leantune.data import (
     encode,
     encode_classification,
     encode_regression,
-    find_label_names,
-    iter_rows,
-    read_rows,
 )
 from leantune.methods import Method, TrainingPlan
 from leantune.models import BaseModel, load_base
 from leantune.train import distributed
 from leantune.train.batching import stream
 from leantune.train.config import RunConfig
-from leantune.train.folder import CHECKPOINTS, check_vacant
+from leantune.train.folder import CHECKPOINTS, check_vacant, kept_template
 from leantune.train.isolation import packing_form
 from leantune.train.option import user_options
 from leantune.train.regime import check_plan
+from leantune.train.rows import Rows, read_data
 from leantune.train.tracker import RunArguments, check_trackers, place_logs
 from leantune.train.trainer import LeanTrainer
 
@@ -42,33 +39,20 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 
 @dataclass
-class Rows:
-    """The rows of a run, checked.
-
-    Attributes:
-        train: to train on; the first alone of a file that is streamed.
-        evaluation: to measure on; None without eval_data.
-        label_names: class names in the order of their numbers; None where there are no classes.
-    """
-
-    train: list[Row]
-    evaluation: list[Row] | None
-    label_names: list[str] | None
-
-
-@dataclass
 class Examples:
     """The rows as tokens.
 
     Attributes:
         train: to train on, or the stream of them.
-        evaluation: to measure on; None without eval_data.
+        evaluation: to measure on; None without eval_data and eval_share.
         packs: the training rows, packed; None where they are not, or are streamed.
+        source: how the training file was understood, for the record.
     """
 
     train: Encoded | RowStream
     evaluation: Encoded | None
     packs: Packs | None = None
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,27 +87,15 @@ def prepare(config: RunConfig, *, checkpoints: Path | None = None, resume: bool 
         check_vacant(config.out, config.overwrite)
     check_trackers(config.report_to)
     set_seed(config.seed)
-    rows = read_data(config)
+    # A run goes on with the template it began with, whatever became of the file.
+    rows = read_data(config, kept_template(config) if resume else None)
     base = load_model(config, config.model, rows.label_names)
+    if rows.template is not None:
+        base.tokenizer.chat_template = rows.template
     examples = encode_rows(config, rows, base.tokenizer)
     model = apply_method(config, base)
     trainer = build_trainer(config, base, model, examples, checkpoints or config.out / CHECKPOINTS)
     return Prepared(base, examples, model, trainer)
-
-
-def read_data(config: RunConfig) -> Rows:
-    """Read and check the rows, before a model is loaded for them.
-
-    Raises:
-        DataError: a file or row is bad.
-    """
-    if config.streaming:
-        train = list(islice(iter_rows(config.data, format=config.format), 1))
-    else:
-        train = read_rows(config.data, format=config.format, limit=config.limit)
-    evaluation = read_rows(config.eval_data, format=config.format) if config.eval_data is not None else None
-    labels = find_label_names(train) if config.task == "classification" else None
-    return Rows(train, evaluation, labels)
 
 
 def encode_rows(config: RunConfig, rows: Rows, tokenizer: Any) -> Examples:
@@ -134,9 +106,11 @@ def encode_rows(config: RunConfig, rows: Rows, tokenizer: Any) -> Examples:
     """
     evaluation = None if rows.evaluation is None else _encode(config, rows.evaluation, rows.label_names, tokenizer)
     if config.streaming:
-        return Examples(stream(config, lambda some: _encode(config, some, None, tokenizer)), evaluation)
+        read = stream(config, lambda some: _encode(config, some, None, tokenizer))
+        return Examples(read, evaluation, source=rows.source)
     train = _encode(config, rows.train, rows.label_names, tokenizer)
-    return Examples(train, evaluation, Packs.of(train, config.max_length, config.seed) if config.packing else None)
+    packs = Packs.of(train, config.max_length, config.seed) if config.packing else None
+    return Examples(train, evaluation, packs, rows.source)
 
 
 def _encode(config: RunConfig, rows: list[Row], labels: list[str] | None, tokenizer: Any) -> Encoded:
