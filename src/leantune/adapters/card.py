@@ -95,6 +95,11 @@ def _facts_table(facts: dict[str, Any]) -> dict[str, Any]:
         rows["share of the targeted weights"] = f"{facts['achieved_ratio']:.4%}"
     rows["base content hash"] = base.get("content_hash")
     rows["base dtype"] = base.get("dtype")
+    if packed := base.get("quantization"):
+        rows["base quantised"] = f"{packed['bits']} bits, {packed['backend']} {packed['version']}, {packed['format']}"
+        rows["base bytes"] = packed["base_bytes"]
+    if facts.get("merged_onto"):
+        rows["merged onto"] = facts["merged_onto"]
     for name in ("rank", "padded_rank", "max_abs_error", "native_bytes", "lora_bytes", "advice"):
         if facts.get(name) is not None:
             rows[name.replace("_", " ")] = facts[name]

@@ -19,10 +19,12 @@ from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import nn
 
     from leantune.models import BaseModel
 
 FORMATS = ("lora",)
+ONTO = ("trained", "original")
 DEFAULT_NEW_TOKENS = 32
 
 Progress = Callable[[str], None]
@@ -76,6 +78,9 @@ def export_run(
         conversion = converting.write_lora(model, temporary, "default", facts, pad_rank=pad_rank, dtype=dtype)
         converting.copy_tokenizer(None, source, temporary)
         where, options = skeleton.location(base_model.name, base_model.revision)
+        if base_model.quantisation is not None:
+            # The same packed weights on both sides: stock transformers packs them itself.
+            options["quantization_config"] = json.loads(base_model.model.config.quantization_config.to_json_string())
         measured = parity.compare(
             model,
             parity.Exported(where, str(temporary), skeleton.auto_class_of(facts["task_type"]), options),
@@ -103,6 +108,7 @@ def merge_run(
     prompts: Sequence[str] | None = None,
     new_tokens: int = DEFAULT_NEW_TOKENS,
     base: BaseModel | str | None = None,
+    onto: str = "trained",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -114,6 +120,9 @@ def merge_run(
         prompts: texts to compare on; default: the first rows of the run's own data, else built-in texts.
         new_tokens: length of the greedy continuations that are compared.
         base: the base model, where the record does not tell.
+        onto: ``trained``: the base as it was trained on, dequantised where it was packed, and the merged model must
+            give the same answers; ``original``: of a run on a quantised base, the base before quantisation, which
+            training never met: parity is measured and said, and not demanded.
         overwrite: replace a non-empty ``out_dir``.
         progress: told what happens, in words.
 
@@ -126,23 +135,27 @@ def merge_run(
     """
     target = Path(out_dir)
     converting.refuse_occupied(target, overwrite)
+    if onto not in ONTO:
+        raise AdapterError(describe("onto", repr(onto), did_you_mean(onto, ONTO), "choose one"))
     say = progress or (lambda _: None)
     source = _adapter_of(run)
     say("loading the trained model")
     base_model, model = _open(source, base)
     tokenizer = base_model.tokenizer
     merging.refuse_unmergeable(model, "default")
+    original = _original(source, base_model, base) if onto == "original" else None
     facts = adapter_folder.describe_adapter(model, "default", base_model)
     with new_folder(target) as temporary:
         say("merging")
-        result = merging.fill(model, temporary, "default", facts, tokenizer, None)
+        result = merging.fill(model, temporary, "default", facts, tokenizer, None, original)
         chosen = prompts or _run_prompts(source, tokenizer)
         measured = merging.compare(model, temporary, "default", tokenizer, chosen, new_tokens, progress)
         result["parity"] = measured.to_dict()
         merging.write_record(temporary, {**facts, **result}, None)
         result = {"format": "merged", "folder": str(target), **result}
         _note(source, result)
-        measured.require(f"merged model of {source}")
+        if original is None:
+            measured.require(f"merged model of {source}")
     return result
 
 
@@ -160,7 +173,22 @@ def _open(source: Path, base: BaseModel | str | None) -> tuple[BaseModel, PeftMo
     difference = verification.base_difference(source, opened.model, opened.content_hash)
     # In the checkpoint's own layout: what is written must fit the base as others have it.
     found = [difference] if difference else []
+    template = source / "chat_template.jinja"
+    if template.is_file() and not isinstance(opened.tokenizer.chat_template, dict):
+        # The one it was trained with goes along, not the base's.
+        opened.tokenizer.chat_template = template.read_text(encoding="utf-8")
     return opened, adapter_folder.attach(opened.model, source, plain_layout=True, problems=found)
+
+
+def _original(source: Path, packed: BaseModel, base: BaseModel | str | None) -> nn.Module:
+    """The base of a run before it was quantised."""
+    if packed.quantisation is None:
+        got = "a run whose base was not quantised"
+        raise AdapterError(
+            describe("onto", f"'original' for {got}", "'trained', which is the same here", "leave it out")
+        )
+    name = base if isinstance(base, str) else packed.name
+    return adapter_folder.recorded_base(source, name, packed=False).model
 
 
 def _run_prompts(source: Path, tokenizer: Any, count: int = 8) -> list[str] | None:
@@ -176,7 +204,9 @@ def _run_prompts(source: Path, tokenizer: Any, count: int = 8) -> list[str] | No
 
         for name in ("eval_data", "data"):
             if config.get(name) and Path(config[name]).is_file():
-                rows = read_rows(Path(config[name]), format=config.get("format"), limit=count)
+                rows = read_rows(
+                    Path(config[name]), format=config.get("format"), columns=config.get("columns"), limit=count
+                )
                 return [row.text if row.text is not None else prompt_text(row, tokenizer) for row in rows]
     except (ImportError, OSError, LeantuneError, ValueError, AttributeError):
         # The data moved or changed since: built-in prompts prove the same.

@@ -211,12 +211,13 @@ def attach(
     return wrapped
 
 
-def recorded_base(path: Path, name: str | None = None) -> BaseModel:
+def recorded_base(path: Path, name: str | None = None, *, packed: bool = True) -> BaseModel:
     """The base model that an adapter's record names, loaded as it was for training.
 
     Args:
         path: an adapter folder.
         name: another place of the same base.
+        packed: quantised as it was for training; False loads it before quantisation.
 
     Raises:
         AdapterError: the folder names no base.
@@ -232,9 +233,9 @@ def recorded_base(path: Path, name: str | None = None) -> BaseModel:
     options: dict[str, Any] = {"dtype": facts.get("dtype") or "float32"}
     if name is None and facts.get("revision"):
         options["revision"] = facts["revision"]
-    if facts.get("quantization"):
-        packed = facts["quantization"]
-        options |= {"quantization": f"{packed['bits']}bit", "quantization_backend": packed["backend"]}
+    how = facts.get("quantization")
+    if how and packed:
+        options |= {"quantization": f"{how['bits']}bit", "quantization_backend": how["backend"]}
     if (known.get("task_type") or config.task_type) == "SEQ_CLS":
         if known.get("problem_type") == "regression":
             options["task"] = "regression"

@@ -13,6 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from leantune.core import packed_weight
 from leantune.core.errors import AdapterError, describe
 
 
@@ -112,8 +113,8 @@ def lora_factors(path: str, layer: Any, adapter_name: str) -> tuple[Tensor, Tens
     if callable(getattr(layer, "lora_factors", None)):
         B, A = layer.lora_factors(adapter_name)
         return B.detach(), A.detach()
-    if isinstance(layer, LoraLinear) and adapter_name in layer.lora_A:
-        _refuse_lora_variant(path, layer, adapter_name)
+    if _is_stock_lora(layer) and adapter_name in layer.lora_A:
+        refuse_lora_variant(path, layer, adapter_name)
         return _stock_factors(layer, adapter_name)
     raise AdapterError(
         describe(
@@ -133,7 +134,18 @@ def _stock_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     return B.to(wide) * layer.scaling[adapter_name], A.to(wide)
 
 
-def _refuse_lora_variant(path: str, layer: LoraLayer, adapter_name: str) -> None:
+def _is_stock_lora(layer: Any) -> bool:
+    """Stock LoRA on a linear layer; PEFT has other classes for a base that bitsandbytes packed."""
+    over_packed = isinstance(layer, LoraLayer) and packed_weight.is_packed(layer.get_base_layer())
+    return isinstance(layer, LoraLinear) or over_packed
+
+
+def refuse_lora_variant(path: str, layer: Any, adapter_name: str) -> None:
+    """Raise where stock LoRA is more than ``B A``.
+
+    Raises:
+        AdapterError: it is a variant (DoRA and the like) or has a bias of its own.
+    """
     variant: Any = getattr(layer, "lora_variant", {}).get(adapter_name)
     got = None
     if variant is not None:

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor
+from torch import Tensor, nn
 
 from leantune import __version__, methods
 from leantune.adapters import card as model_card
@@ -23,8 +23,10 @@ from leantune.adapters import folder as adapter_folder
 from leantune.adapters import layer as layers
 from leantune.adapters import parity, record, skeleton
 from leantune.adapters.conversion import refuse_occupied
+from leantune.core import packed_weight
 from leantune.core.atomic import new_folder, write_text
 from leantune.core.errors import AdapterError, LeantuneError, describe, raise_all
+from leantune.models.quantisation import weight_reader
 
 if TYPE_CHECKING:
     from leantune.models import BaseModel
@@ -37,6 +39,7 @@ def merge(
     adapter_name: str = "default",
     tokenizer: Any = None,
     base: BaseModel | None = None,
+    onto: nn.Module | None = None,
     prompts: Sequence[str] | Sequence[list[int]] | None = None,
     new_tokens: int = 32,
     verify: bool = True,
@@ -52,6 +55,8 @@ def merge(
         adapter_name: which of its adapters.
         tokenizer: saved beside the model.
         base: the base model, for the card and the record.
+        onto: over a quantised base, the same model unquantised: its weights then take the place of the dequantised
+            ones. Training never met these, so parity is measured and recorded and not demanded.
         prompts: texts (with a tokenizer) or token ids to compare on; default: a few built-in texts.
         new_tokens: length of the greedy continuations that are compared.
         verify: compare with the unmerged model in a process without leantune; nothing is written when it differs.
@@ -71,10 +76,11 @@ def merge(
     refuse_unmergeable(model, adapter_name)
     facts = adapter_folder.describe_adapter(model, adapter_name, base)
     with new_folder(target) as temporary:
-        result = fill(model, temporary, adapter_name, facts, tokenizer, card)
+        result = fill(model, temporary, adapter_name, facts, tokenizer, card, onto)
         if verify:
             measured = compare(model, temporary, adapter_name, tokenizer, prompts, new_tokens, progress)
-            measured.require(f"merged model of {facts['base'].get('name')}")
+            if onto is None:
+                measured.require(f"merged model of {facts['base'].get('name')}")
             result["parity"] = measured.to_dict()
             write_record(temporary, {**facts, **result}, card)
     return {"folder": str(target), **result}
@@ -87,13 +93,16 @@ def fill(
     facts: dict[str, Any],
     tokenizer: Any,
     card: dict[str, Any] | None,
+    onto: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Fill an empty folder with the merged model; ``bytes``, ``dtype``, ``modules``, and ``parity`` not yet known."""
-    _write(model, adapter_name, folder)
+    _write(model, adapter_name, folder, onto)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     weight_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     result = {"bytes": weight_bytes, "dtype": facts["base"]["dtype"], "modules": facts["modules"], "parity": None}
+    if facts["base"].get("quantization"):
+        result["merged_onto"] = "the dequantised base" if onto is None else "the original base, before quantisation"
     write_record(folder, {**facts, **result}, card)
     return result
 
@@ -123,12 +132,13 @@ def refuse_unmergeable(model: PeftModel, adapter_name: str) -> None:
         problems.append(
             describe(where, f"{name} is no change of weights", "one that is", "keep the adapter beside the base")
         )
-    if getattr(inner, "hf_quantizer", None) is not None or getattr(inner, "is_quantized", False):
+    marked = getattr(inner, "hf_quantizer", None) is not None or getattr(inner, "is_quantized", False)
+    if marked and not any(map(packed_weight.is_packed, inner.modules())):
         problems.append(
             describe(
                 where,
-                "its base is quantised, and rounding to that grid again would lose the adapter",
-                "a base in float32, bfloat16 or float16",
+                "its base is quantised in a way that nothing here dequantises",
+                "a base in plain numbers, or quantised by bitsandbytes or torchao",
                 "load the base without quantisation and the adapter on top, then merge",
             )
         )
@@ -137,22 +147,37 @@ def refuse_unmergeable(model: PeftModel, adapter_name: str) -> None:
     raise_all(problems, AdapterError)
 
 
-def merged_state(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """The state dict of the plain base model with the adapter in its weights; the model is not touched."""
+def merged_state(model: PeftModel, adapter_name: str, onto: nn.Module | None = None) -> dict[str, Tensor]:
+    """The state dict of the plain base model with the adapter in its weights; the model is not touched.
+
+    A packed weight comes out as plain numbers: the dequantised ones, or those of ``onto``, plus the adapter's change.
+    """
     state: dict[str, Tensor] = {}
-    _collect(model.get_base_model(), "", adapter_name, state)
+    inner = model.get_base_model()
+    read = weight_reader(inner)
+
+    def dense(prefix: str, layer: nn.Module) -> Tensor:
+        return read(layer) if onto is None else onto.get_parameter(f"{prefix}weight").detach()
+
+    _collect(inner, "", adapter_name, state, dense)
     return state
 
 
-def _collect(module: Any, prefix: str, adapter_name: str, state: dict[str, Tensor]) -> None:
+def _collect(
+    module: Any, prefix: str, adapter_name: str, state: dict[str, Tensor], dense: Callable[[str, nn.Module], Tensor]
+) -> None:
+    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if packed_weight.is_packed(layer):
+        state |= _unpacked(module, layer, prefix, adapter_name, dense)
+        return
     if isinstance(module, ModulesToSaveWrapper):
         chosen = module.modules_to_save
         own = chosen[adapter_name] if adapter_name in chosen.keys() else module.original_module  # noqa: SIM118
-        _collect(own, prefix, adapter_name, state)
+        _collect(own, prefix, adapter_name, state, dense)
         return
     if isinstance(module, AuxiliaryTrainingWrapper):
         # Trained tokens: the wrapper holds a tuner layer around the embedding.
-        _collect(module.token_adapter, prefix, adapter_name, state)
+        _collect(module.token_adapter, prefix, adapter_name, state, dense)
         return
     if isinstance(module, BaseTunerLayer):
         if adapter_name in layers.adapters_of(module):
@@ -162,7 +187,7 @@ def _collect(module: Any, prefix: str, adapter_name: str, state: dict[str, Tenso
             except ValueError as error:
                 where = f"adapter '{adapter_name}', module {prefix.removesuffix('.')}"
                 raise AdapterError(describe(where, str(error), "numbers", "train again")) from error
-        _collect(module.get_base_layer(), prefix, adapter_name, state)
+        _collect(module.get_base_layer(), prefix, adapter_name, state, dense)
         return
     for name, parameter in module._parameters.items():
         if parameter is not None:
@@ -172,13 +197,33 @@ def _collect(module: Any, prefix: str, adapter_name: str, state: dict[str, Tenso
             state[prefix + name] = buffer
     for name, child in module._modules.items():
         if child is not None:
-            _collect(child, f"{prefix}{name}.", adapter_name, state)
+            _collect(child, f"{prefix}{name}.", adapter_name, state, dense)
 
 
-def _write(model: PeftModel, adapter_name: str, folder: Path) -> None:
+def _unpacked(
+    module: Any, layer: Any, prefix: str, adapter_name: str, dense: Callable[[str, nn.Module], Tensor]
+) -> dict[str, Tensor]:
+    """A packed layer as plain tensors, with the adapter's change where it has one."""
+    weight = dense(prefix, layer)
+    if module is not layer and adapter_name in layers.adapters_of(module):
+        layers.refuse_lora_variant(prefix.removesuffix("."), module, adapter_name)
+        delta = layers.delta_weight(module, adapter_name)
+        weight = (weight.to(delta.dtype) + delta.to(weight.device)).to(weight.dtype)
+        if not torch.isfinite(weight).all():
+            where = f"adapter '{adapter_name}', module {prefix.removesuffix('.')}"
+            raise AdapterError(describe(where, "values that are not finite", "numbers", "train again"))
+    found = {f"{prefix}weight": weight}
+    if layer.bias is not None:
+        found[f"{prefix}bias"] = layer.bias.detach()
+    return found
+
+
+def _write(model: PeftModel, adapter_name: str, folder: Path, onto: nn.Module | None) -> None:
     inner: Any = model.get_base_model()
-    state = merged_state(model, adapter_name)
+    state = merged_state(model, adapter_name, onto)
     config = copy.deepcopy(inner.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     if _untied(inner, state):
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False

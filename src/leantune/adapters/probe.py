@@ -57,6 +57,15 @@ def _bar(name: str) -> None:
     sys.meta_path.insert(0, Barred())
 
 
+def _steady(model: Any) -> None:
+    """As leantune does: on a CPU bitsandbytes' layers would otherwise round in evaluation, and in evaluation alone."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        elif type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
+            module.train()
+
+
 def _run(job_path: str) -> None:
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     sys.path.extend(entry for entry in job["path"] if entry not in sys.path)
@@ -69,6 +78,7 @@ def _run(job_path: str) -> None:
     loader = getattr(transformers, job["auto_class"])
     options = {"dtype": getattr(torch, job["dtype"]), **job["options"]}
     model = loader.from_pretrained(job["model"], **options).eval()
+    _steady(model)
     if job["adapter"]:
         from peft import PeftModel
 

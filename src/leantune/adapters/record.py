@@ -30,18 +30,27 @@ def model_dtype(model: nn.Module) -> str:
     return max(counts, key=counts.__getitem__) if counts else "float32"
 
 
+def packing(model: nn.Module) -> dict[str, Any] | None:
+    """How the weights of a model are quantised; None where they are not."""
+    from leantune.models import quantisation
+
+    found = quantisation.measure(model)
+    return None if found is None else found.to_dict()
+
+
 def base_facts(base: BaseModel | None, model: nn.Module) -> dict[str, Any]:
     """What is known of the base: name, source, Hub id, note, hash of the content, dtype."""
     config = getattr(model, "config", None)
     if base is None:
         name = getattr(config, "_name_or_path", None) or getattr(model, "name_or_path", None)
-        return {"name": name or None, "dtype": model_dtype(model)}
+        return {"name": name or None, "dtype": model_dtype(model), "quantization": packing(model)}
     return {
         "name": base.name,
         "source": base.source,
         "hub_id": base.hub_id,
         "revision": base.revision,
         "note": base.note,
+        "quantization": None if base.quantisation is None else base.quantisation.to_dict(),
         "content_hash": base.content_hash,
         "dtype": model_dtype(model),
     }

@@ -23,6 +23,7 @@ from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
+_UNPACKED = "not quantised"
 
 
 def read_config(folder: Path) -> PeftConfig:
@@ -194,9 +195,22 @@ def base_difference(path: Path, model: nn.Module, given_hash: str | None) -> str
         given_hash = content_hash(inner)
     if given_hash == wanted:
         return None
+    do = "load that base, or pass force=True if the difference is meant"
+    was, now = _packing_of(known.get("quantization")), _packing_of(record.packing(inner))
+    if was != now:
+        how = "without quantization" if was == _UNPACKED else f"with quantization='{was.partition(' ')[0]}'"
+        do = f"load it {how}, or pass force=True if the difference is meant"
     return describe(
         str(path),
-        f"trained on {known.get('name')} ({wanted[:19]}...), loaded over another base ({given_hash[:19]}...)",
+        f"trained on {known.get('name')} ({was}, {wanted[:19]}...), loaded over another base ({now}, "
+        f"{given_hash[:19]}...)",
         "the same weights",
-        "load that base, or pass force=True if the difference is meant",
+        do,
     )
+
+
+def _packing_of(facts: dict[str, Any] | None) -> str:
+    """How a base was quantised, in few words."""
+    if not facts:
+        return _UNPACKED
+    return f"{facts['bits']}bit by {facts['backend']} {facts['version']}"

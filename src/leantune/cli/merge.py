@@ -21,17 +21,26 @@ def merge(
     run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
     out: Annotated[Path, typer.Option(metavar="path", help="Folder to write the merged model into.")],
     prompt: Annotated[list[str] | None, typer.Option(metavar="text", help="Compare on this; repeat for more.")] = None,
+    onto: Annotated[
+        str,
+        typer.Option(
+            help="Of a quantised base: trained (dequantised, same answers) or original (before quantisation)."
+        ),
+    ] = "trained",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """The merged folder loads with stock transformers. Before it is written, both models answer the same prompts (the
     run's own data unless --prompt is given), the merged one in a process without leantune; when they differ nothing
-    is written and the exit code is 1.
+    is written and the exit code is 1. --onto original writes into weights that training never met: how far the answers
+    then are from the trained model's is measured and said.
     """
     from leantune.adapters import merge_run
 
-    result = merge_run(run, out, prompts=prompt or None, overwrite=overwrite, progress=say)
+    result = merge_run(run, out, prompts=prompt or None, onto=onto, overwrite=overwrite, progress=say)
     screen = console()
     print_parity(screen, result["parity"])
+    if result.get("merged_onto"):
+        screen.print(f"merged onto           {result['merged_onto']}", soft_wrap=True)
     size = result["bytes"] / 1e6
     screen.print(
         f"Merged {result['modules']} modules: {size:,.1f} MB, {result['dtype']}, in [bold]{out}[/]", soft_wrap=True

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import torch
 from peft import get_peft_model
+from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from leantune.core.errors import ConfigError, TargetError, describe, did_you_mean, raise_all
@@ -252,7 +253,7 @@ class S2FTModel(AdapterModel):
         """The output side of every structure: by the table, and by a trace where that leaves layers of a block open."""
         layers, shapes = self._base_layers()
         by_name = super().default_targets()
-        return (*by_name, *(each for each in traced_targets(self.model, layers, shapes) if each not in by_name))
+        return (*by_name, *traced_targets(self.model, layers, shapes, by_name))
 
     @property
     def permutation(self) -> BasePermutation:
@@ -279,7 +280,7 @@ class S2FTModel(AdapterModel):
         # A choice by weight reads the weights in the checkpoint's order, dequantised where needed, one at a time.
         def squares(measure: selecting.Measure, path: str, axis: Axis) -> Tensor:
             del measure
-            layer = self.layer_class(layers[path])(layers[path], "probe")
+            layer = self.layer_class(layers[path])(layers[path], "probe", **get_quantization_kwargs(self))
             weight = self.permutation.original(path, layer.dense_weight())
             return weight.double().square().sum(0 if axis == "in" else 1).cpu()
 

@@ -136,19 +136,22 @@ def load_base(
     packed_weight.steady(model)
     if tokenizer is not None:
         _set_padding(model, tokenizer)
+    packed = quantisation.measure(model)
+    quantisation.check_kernels(model, location.name)
+    notes = [note_of(location), packed and packed.describe()]
     return BaseModel(
         model=model,
         tokenizer=tokenizer,
         name=location.name,
         source=location.source,
         hub_id=location.target if location.source == "hub" else None,
-        note=note_of(location),
+        note=", ".join(note for note in notes if note) or None,
         content_hash=content_hash(model),
         revision=location.revision,
         pad_note=pad_note,
         new_parameters=new,
         image_processor=image_processor,
-        quantisation=quantisation.measure(model),
+        quantisation=packed,
     )
 
 

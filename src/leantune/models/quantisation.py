@@ -30,6 +30,8 @@ from leantune.core.errors import DependencyError, ModelError, describe, did_you_
 QUANTISATIONS = ("none", "4bit", "8bit")
 BACKENDS = ("auto", "bitsandbytes", "torchao")
 _FORMATS = {("4bit", "bitsandbytes"): "nf4", ("8bit", "bitsandbytes"): "int8", ("8bit", "torchao"): "int8"}
+# Relative to the size of the numbers: nf4 is at 0.09, scales from the wrong places are above 0.2.
+_LARGEST_ERROR = 0.12
 # Heads by the names that transformers gives them. They are new, trained or both, and never packed.
 _HEADS = ("lm_head", "embed_out", "cls", "score", "classifier", "classification_head", "pooler", "pre_classifier")
 _HEADS_OF_MASKED = ("vocab_transform", "vocab_layer_norm", "vocab_projector", "generator_lm_head")
@@ -133,7 +135,7 @@ def hub_config(quantization: str, backend: str, task: str, dtype: torch.dtype) -
     from transformers import BitsAndBytesConfig, TorchAoConfig
 
     # For a language model transformers itself leaves out the head, under whatever name, and what is tied to it.
-    left_out = None if task == "causal-lm" else [*_HEADS, *_HEADS_OF_MASKED]
+    left_out = None if task == "causal-lm" else [rf"(.*\.)?{name}" for name in (*_HEADS, *_HEADS_OF_MASKED)]
     if backend == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
@@ -179,6 +181,36 @@ def measure(model: nn.Module) -> Quantisation | None:
         other_bytes=sum(rest.values()),
         dense_bytes=(weights + biases) * width,
     )
+
+
+def check_kernels(model: nn.Module, name: str) -> None:
+    """Refuse a base whose 4-bit layers the library would compute wrongly here, which it does without an error.
+
+    bitsandbytes 0.50.2 on a CPU reads the scales of a layer with 16, 32, 48, 96, ... inputs (an even part of 64 over)
+    from the wrong places. Nothing is taken from that list: each width of the model is tried on random numbers.
+
+    Raises:
+        ModelError: naming the layers.
+    """
+    by_width: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if packed_weight.is_packed(module) and hasattr(module.weight, "quant_state") and not module.weight.is_cuda:
+            by_width.setdefault(int(module.in_features), []).append(path)  # type: ignore[arg-type]
+    wrong = {width: paths for width, paths in by_width.items() if not _keeps_numbers(width)}
+    if wrong:
+        width, paths = min(wrong.items())
+        got = f"{sum(map(len, wrong.values()))} layers such as {paths[0]} ({width} inputs)"
+        wanted = f"widths that bitsandbytes {version('bitsandbytes')} unpacks rightly on a CPU: multiples of 64"
+        raise ModelError(describe(name, got, wanted, "take quantization='8bit', or a GPU"))
+
+
+def _keeps_numbers(width: int) -> bool:
+    """Whether numbers packed in rows of this width come back: nf4 costs normal numbers 9% of their size."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    numbers = torch.randn((64, width), generator=torch.Generator().manual_seed(0))
+    packed, state = quantize_4bit(numbers, blocksize=64, compress_statistics=True, quant_type="nf4")
+    return bool((dequantize_4bit(packed, state) - numbers).norm() < _LARGEST_ERROR * numbers.norm())
 
 
 def weight_reader(model: nn.Module) -> Callable[[nn.Module], Tensor]:

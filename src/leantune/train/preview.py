@@ -47,7 +47,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     Raises:
         LeantuneError: whatever would stop the run before its first step.
     """
-    config = config.model_copy(update={"lr": config.learning_rate})
+    config = config.resolved()
     _check_writable(Path(config.out))
     check_trackers(config.report_to)
     # A tracker may write as soon as a trainer has it, so this one gets none.
