@@ -18,14 +18,18 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from leantune.core.errors import TargetError, describe
 from leantune.methods._example import Example
 
 _LARGE = 1 << 20
 _CONVOLUTIONS: dict[type[nn.Module], int] = {nn.Conv1d: -2, nn.Conv2d: -3, nn.Conv3d: -4}
+
+_RELUS = {F.relu, F.relu_, F.relu6, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_}
 
 Activation = tuple[str, ...]
 """An activation is known by the layers that read it."""
@@ -149,6 +153,14 @@ def _stand_ins(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, T
     return found
 
 
+class _Leaky(TorchFunctionMode):
+    """Lets what a ReLU would hold back through by half: it depends on the same entries, but on all of them always."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        return F.leaky_relu(args[0], 0.5) if func in _RELUS else func(*args, **(kwargs or {}))
+
+
 class _Recorder:
     """Takes the place of each layer's forward."""
 
@@ -232,7 +244,7 @@ def cut_graph(
     """
     graph = CutGraph(dims={path: channel_dim(layer) for path, layer in layers.items()})
     try:
-        with _cut(model, layers, _Recorder(graph, given), outs):
+        with _cut(model, layers, _Recorder(graph, given), outs), _Leaky():
             result = functional_call(model, _stand_ins(model, layers), example.args, example.kwargs)
     except Exception as error:
         raise TargetError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,10 +111,13 @@ def discover(
     return Discovery(rest + new, stored(new))
 
 
-def traced_targets(model: nn.Module, layers: Mapping[str, nn.Module], shapes: Shapes) -> tuple[str, ...]:
+def traced_targets(
+    model: nn.Module, layers: Mapping[str, nn.Module], shapes: Shapes, by_name: tuple[str, ...]
+) -> tuple[str, ...]:
     """The output side of the traced structures that the table leaves open: what trains when nothing is named.
 
-    Where blocks repeat, what stands once beside them (a classifier after a pooler) is left out.
+    Where blocks repeat, what stands once beside them (a classifier after a pooler) is left out, as is what ``by_name``
+    means already.
 
     Returns:
         Path endings; none where the table is enough, nothing says how to run the model, or no layers are coupled.
@@ -132,7 +135,11 @@ def traced_targets(model: nn.Module, layers: Mapping[str, nn.Module], shapes: Sh
     kinds = Counter(tuple(map(numberless, each)) for each in outputs)
     repeats = any(count > 1 for count in kinds.values())
     chosen = [path for each in outputs if not repeats or kinds[tuple(map(numberless, each))] > 1 for path in each]
-    return _endings(chosen, list(shapes))
+    return _endings([path for path in chosen if not _means(by_name, path)], list(shapes))
+
+
+def _means(endings: Iterable[str], path: str) -> bool:
+    return any(path == ending or path.endswith(f".{ending}") for ending in endings)
 
 
 def _endings(chosen: list[str], paths: list[str]) -> tuple[str, ...]:
@@ -142,8 +149,7 @@ def _endings(chosen: list[str], paths: list[str]) -> tuple[str, ...]:
         words = path.split(".")
         for depth in range(1, len(words) + 1):
             ending = ".".join(words[-depth:])
-            meant = {other for other in paths if other == ending or other.endswith(f".{ending}")}
-            if meant <= set(chosen):
+            if {other for other in paths if _means([ending], other)} <= set(chosen):
                 break
         found += [ending] if ending not in found else []
     return tuple(found)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-ROWS, TOKENS = 2, 16
+ROWS, TOKENS = 2, 8
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ Blocks that repeat are traced once; each further one is checked by a single back
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -46,7 +47,7 @@ def _structure(
         if made is None:
             return None
         parts += made
-    is_attention = any(part.size > 1 for part in parts)
+    is_attention = size > 1 and any(part.size > 1 for part in parts)
     kind: Kind = "attention" if is_attention else "ffn"
     role: Role = "output" if is_attention else "down"
     if not is_attention:
@@ -78,7 +79,7 @@ def _holds(between: Between, structure: Structure) -> bool:
 
 def numberless(path: str) -> str:
     """The path with a star for every number: alike for blocks that repeat."""
-    return re.sub(r"\d+", "*", path)
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
 
 
 def trace_structures(
@@ -166,7 +167,8 @@ def _named(structures: list[Structure]) -> list[Structure]:
     blocks = []
     for structure in structures:
         words = [part.module.split(".") for part in structure.parts]
-        shared = [same[0] for same in zip(*words, strict=False) if len(set(same)) == 1]
+        alike = itertools.takewhile(lambda same: len(set(same)) == 1, zip(*words, strict=False))
+        shared = [same[0] for same in alike]
         while shared and not shared[-1].isdigit():
             shared.pop()
         blocks.append(".".join(shared))
