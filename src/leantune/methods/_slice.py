@@ -29,7 +29,8 @@ class SliceDelta(nn.Module):
         self.waits = chosen.provisional
         # Beside the entries it stood for; at first the entries are where they were made, and follow the base then.
         device = self.index.device if "index" in self._buffers else chosen.index.device
-        self.register_buffer("index", chosen.index.to(device))
+        # A copy: adapters with one choice share no buffer.
+        self.register_buffer("index", chosen.index.to(device, copy=True))
         # The checkpoint's layout is what a file holds; positions belong to this process.
         self.run = chosen.position if isinstance(chosen.position, slice) else None
         gathered = chosen.position.to(device) if isinstance(chosen.position, Tensor) else None
