@@ -188,7 +188,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "roberta": _roberta,
 }
 
-# Families with one more thing that a test must know: fused layers, tied embeddings, two stacks, pixels.
+# Those with one more thing that a test must know: fused layers, tied embeddings, two stacks, pixels.
 FURTHER: dict[str, Callable[[], PreTrainedModel]] = {
     "phi3": _phi3,
     "neox": _neox,
@@ -196,6 +196,9 @@ FURTHER: dict[str, Callable[[], PreTrainedModel]] = {
     "t5": _t5,
     "vit": _vit,
 }
+
+
+EVERY = (*FAMILIES, *FURTHER)
 
 
 def model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
@@ -212,11 +215,11 @@ def ids(rows: int = 3, length: int = 7, seed: int = 3) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(family: str, rows: int = 3) -> dict[str, Tensor]:
+def inputs(family: str, rows: int = 3, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Arguments of a forward of the family's model."""
     if family == "vit":
         generator = torch.Generator().manual_seed(3)
-        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator, dtype=torch.float64)}
+        return {"pixel_values": torch.randn(rows, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)}
     if family == "t5":
         return {"input_ids": ids(rows), "decoder_input_ids": ids(rows, length=5, seed=4)}
     return {"input_ids": ids(rows)}

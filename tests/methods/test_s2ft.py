@@ -1,4 +1,4 @@
-"""S2FT on eight families: gradients of slices, budgets as stored, files, errors."""
+"""S2FT on thirteen families: gradients of slices, budgets as stored, files, errors."""
 
 from __future__ import annotations
 
@@ -38,6 +38,18 @@ def slices(model: nn.Module, adapter: str = "default") -> dict[str, tuple[str, l
     return found
 
 
+def answer(model: nn.Module, family: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The logits of a family's model on its inputs."""
+    logits: Tensor = model(**tiny.inputs(family, dtype=dtype)).logits
+    return logits
+
+
+def quiet(model: nn.Module, family: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same without gradients."""
+    with torch.no_grad():
+        return answer(model, family, dtype)
+
+
 def dense_weight(base: nn.Module, path: str) -> Tensor:
     """The plain layer's weight ``(out, in)``, a view of the parameter."""
     layer = base.get_submodule(path)
@@ -48,13 +60,13 @@ def dense_weight(base: nn.Module, path: str) -> Tensor:
 
 
 @pytest.mark.parametrize("coupling", ["shared", "independent"])
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_each_gradient_is_the_slice_of_the_dense_gradient(family: str, coupling: str) -> None:
     """In float64, to 1e-10, for every projection of every family: query, key, value, output, gate, up, down."""
     dense = tiny.model(family).requires_grad_(True)
-    objective(dense(input_ids=tiny.ids()).logits).backward()
+    objective(answer(dense, family)).backward()
     model = wrap(tiny.model(family), coupling=coupling).train()
-    objective(model(input_ids=tiny.ids()).logits).backward()
+    objective(answer(model, family)).backward()
     checked = set()
     for path, layer in layers_of(model).items():
         own = layer.s2ft_slice["default"]
@@ -68,7 +80,7 @@ def test_each_gradient_is_the_slice_of_the_dense_gradient(family: str, coupling:
     assert checked == set(tiny.linears(dense))
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_gradients_of_a_started_slice_are_those_of_the_merged_model(family: str) -> None:
     """The same away from zero, where a delta that the backward forgets would show."""
     model = wrap(tiny.model(family)).train()
@@ -77,8 +89,8 @@ def test_gradients_of_a_started_slice_are_those_of_the_merged_model(family: str)
     with torch.no_grad():
         for path, layer in layers_of(model).items():
             dense.get_submodule(path).weight.add_(layer.get_delta_weight("default"))
-    objective(dense(input_ids=tiny.ids()).logits).backward()
-    objective(model(input_ids=tiny.ids()).logits).backward()
+    objective(answer(dense, family)).backward()
+    objective(answer(model, family)).backward()
     for path, layer in layers_of(model).items():
         own = layer.s2ft_slice["default"]
         weight = dense.get_submodule(path).weight
@@ -90,16 +102,16 @@ def test_gradients_of_a_started_slice_are_those_of_the_merged_model(family: str)
 # Families
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_forward_and_merge(family: str) -> None:
-    plain = no_grad_logits(tiny.model(family), tiny.ids())
+    plain = quiet(tiny.model(family), family)
     model = wrap(tiny.model(family))
-    assert_same(no_grad_logits(model, tiny.ids()), plain, "logits before the first step")
+    assert_same(quiet(model, family), plain, "logits before the first step")
     start(model)
-    tuned = no_grad_logits(model, tiny.ids())
+    tuned = quiet(model, family)
     assert_differs(tuned, plain, "logits")
     whole = model.merge_and_unload()
-    assert_close(no_grad_logits(whole, tiny.ids()), tuned, torch.float64, 64, 16, wrong=(plain,), what="merged")
+    assert_close(quiet(whole, family), tuned, torch.float64, 64, 16, wrong=(plain,), what="merged")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,27 +134,31 @@ def test_merged_weights_are_rounded_once(family: str, dtype: torch.dtype) -> Non
         assert_same(dense_weight(whole, path).detach(), expected, path)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_save_and_load(family: str, tmp_path: Path) -> None:
     model = wrap(tiny.model(family, torch.float32))
     start(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.model(family, torch.float32), tmp_path).eval()
     assert slices(loaded) == slices(model)
-    assert_same(no_grad_logits(loaded, tiny.ids()), no_grad_logits(model, tiny.ids()), "logits after loading")
+    assert_same(quiet(loaded, family, torch.float32), quiet(model, family, torch.float32), "logits after loading")
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", tiny.EVERY)
 def test_default_targets_are_output_and_down(family: str) -> None:
     found = slices(get_peft_model(tiny.model(family), S2FTConfig(heads=1, channels=2)))
     expected = {
         "gpt2": ("attn.c_proj", "mlp.c_proj"),
         "bert": ("attention.output.dense", "output.dense"),
         "roberta": ("attention.output.dense", "output.dense"),
+        "neox": ("attention.dense", "mlp.dense_4h_to_h"),
+        "opt": ("self_attn.out_proj", "fc2"),
+        "t5": ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"),
+        "vit": ("attention.o_proj", "mlp.fc2"),
     }.get(family, ("self_attn.o_proj", "mlp.down_proj"))
     for suffix in expected:
         assert sum(path.endswith(suffix) for path in found) >= tiny.LAYERS
-    assert len(found) == 2 * tiny.LAYERS
+    assert len(found) == (5 if family == "t5" else 2) * tiny.LAYERS
     assert all(axis == "in" for axis, _ in found.values())
 
 
@@ -402,7 +418,10 @@ def test_two_budgets_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"selection": "wieght"}, r"S2FTConfig.selection: 'wieght'; one of random, weight, activation, product, gradient; did you mean 'weight'\?"),
+        (
+            {"selection": "wieght"},
+            r"S2FTConfig.selection: 'wieght'; one of random, weight, activation, product, gradient; did you mean 'we",
+        ),
         ({"order": "biggest"}, r"S2FTConfig.order: 'biggest'; one of largest, smallest"),
         ({"coupling": "share"}, r"did you mean 'shared'\?"),
         ({"ratio": 0.0}, r"S2FTConfig.ratio: 0.0; a share in \(0, 1\]"),

@@ -49,7 +49,7 @@ def exact_norms(model: nn.Module) -> nn.Module:
     transformers' own compute in float32 even in a float64 model, which then is exact to float32 only.
     """
     for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm") and not isinstance(module, nn.RMSNorm):
+        if type(module).__name__.endswith(("RMSNorm", "T5LayerNorm")) and not isinstance(module, nn.RMSNorm):
             weight = module.weight
             own = nn.RMSNorm(weight.shape[0], eps=float(getattr(module, "variance_epsilon", 1e-6)), dtype=weight.dtype)
             # Gemma's weight is the distance from one.
