@@ -62,8 +62,12 @@ def _steady(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-        elif type(module).__name__ == "Linear8bitLt" and module.weight.device.type == "cpu":
+        elif type(module).__qualname__ == "Linear8bitLt" and not hasattr(module, "base_layer") and _is_on_cpu(module):
             module.train()
+
+
+def _is_on_cpu(module: Any) -> bool:
+    return bool(module.weight.device.type == "cpu")
 
 
 def _run(job_path: str) -> None:
@@ -78,11 +82,11 @@ def _run(job_path: str) -> None:
     loader = getattr(transformers, job["auto_class"])
     options = {"dtype": getattr(torch, job["dtype"]), **job["options"]}
     model = loader.from_pretrained(job["model"], **options).eval()
-    _steady(model)
     if job["adapter"]:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, job["adapter"]).eval()
+    _steady(model)
     out = Path(job["out"])
     answers = []
     for number, ids in enumerate(job["prompts"]):
