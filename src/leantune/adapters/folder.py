@@ -71,7 +71,8 @@ def save(
         if problems:
             raise_all([f"{problem} (training diverged: lower the learning rate)" for problem in problems], AdapterError)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            with native_errors(target):
+                tokenizer.save_pretrained(temporary)
         facts = describe_adapter(model, adapter_name, base)
         record.write(temporary, facts)
         write_text(temporary / "README.md", model_card.render(facts, card))

@@ -13,7 +13,9 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 
 from leantune.adapters import verification
+from leantune.core.atomic import naming
 from leantune.core.errors import AdapterError, describe, raise_all
+from leantune.methods._initialization import start_from_file
 
 _NUMBER = re.compile(r"os error (\d+)")
 # What torch's own writer says when the system refuses: its errors have no class and no number.
@@ -35,7 +37,8 @@ def restore(model: PeftModel, folder: str | Path, *, adapter_name: str = "defaul
     """
     path = Path(folder)
     found = verification.read_tensors(path)
-    expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    with start_from_file():
+        expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     base = {key for key in model.state_dict() if key not in expected}
     tensors = {key: tensor for key, tensor in found.items() if key not in base}
     problems = verification.not_finite(tensors)
@@ -57,13 +60,14 @@ def restore(model: PeftModel, folder: str | Path, *, adapter_name: str = "defaul
 
 @contextmanager
 def native_errors(path: Path) -> Iterator[None]:
-    """Turn what the writers of safetensors and torch raise when the disk fails into the OSError it is.
+    """Turn what the writers of safetensors, torch and tokenizers raise when the disk fails into the OSError it is.
 
     Args:
         path: what is being written, for the error.
     """
     try:
-        yield
+        with naming(path):
+            yield
     except SafetensorError as error:
         number = _NUMBER.search(str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
@@ -71,3 +75,9 @@ def native_errors(path: Path) -> Iterator[None]:
         if not any(sign in str(error) for sign in _WRITER):
             raise
         raise OSError(errno.EIO, f"the file could not be written ({error})", str(path)) from error
+    except Exception as error:
+        # The tokenizers library raises nothing more special.
+        number = _NUMBER.search(str(error)) if type(error) is Exception else None
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error), str(path)) from error

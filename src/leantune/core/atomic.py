@@ -89,13 +89,18 @@ def sweep(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """An error of the system names the file: a write that fails does not say which one it was."""
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name a file: a write that fails does not say which one it was.
+
+    Args:
+        path: the file, or the folder that is being written.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = str(path)
+        named = error.filename if isinstance(error.filename, (str, Path)) else None
+        if error.errno is not None and (named is None or _LEFT_OVER.fullmatch(Path(named).name)):
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -152,7 +157,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     sweep(path.parent, path.name)
     temporary = _temporary(path)
     try:
-        with _naming(path):
+        with naming(path):
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
@@ -190,7 +195,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        with _naming(target):
+        with naming(target):
             _fsync_tree(temporary)
             _exchange(temporary, target)
     except BaseException:

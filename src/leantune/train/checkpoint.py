@@ -71,10 +71,11 @@ def _is_whole(path: Path) -> bool:
             with safe_open(str(path), framework="pt"):
                 return True
         if path.suffix in (".pt", ".pth", ".bin"):
-            return zipfile.is_zipfile(path)
+            with zipfile.ZipFile(path):
+                return True
         if path.suffix == ".json":
             json.loads(path.read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError):
+    except (SafetensorError, ValueError, zipfile.BadZipFile):
         return False
     return True
 

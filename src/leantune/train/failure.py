@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from leantune.core.errors import RunError, describe
+from leantune.core.atomic import naming
+from leantune.core.errors import LeantuneError, RunError, describe
 from leantune.train import checkpoint
 from leantune.train.folder import CHECKPOINTS
 
@@ -30,7 +32,7 @@ def told(folder: Path) -> Iterator[None]:
         folder: the run folder.
 
     Raises:
-        RunError: an OSError came out of the block.
+        RunError: an OSError, or a JSON file that cannot be read, came out of the block.
     """
     try:
         yield
@@ -38,9 +40,31 @@ def told(folder: Path) -> Iterator[None]:
         path = error.filename if isinstance(error.filename, (str, Path)) else str(folder)
         what = error.strerror or str(error) or type(error).__name__
         remedy = _REMEDY.get(error.errno or 0, "look at the disk and the path")
-        raise RunError(
-            describe(str(path), what, "a file system that reads and writes", remedy + _left(folder))
-        ) from error
+        raise RunError(describe(str(path), what, "a disk that reads and writes", remedy + _left(folder))) from error
+    except json.JSONDecodeError as error:
+        got = f"a JSON file in it cannot be read ({error})"
+        raise RunError(describe(str(folder), got, "whole files", "look at the disk" + _left(folder))) from error
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever a reader of torch's files raises into a :class:`RunError` of one line.
+
+    Args:
+        path: the checkpoint being read.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        with naming(path):
+            yield
+    except (OSError, LeantuneError):
+        raise
+    except Exception as error:
+        got = f"cannot be read ({type(error).__name__})"
+        do = "look at the disk, then resume again; without this folder the run goes on from the checkpoint before"
+        raise RunError(describe(str(path), got, "a checkpoint as it was written", do)) from error
 
 
 def _left(folder: Path) -> str:

@@ -66,7 +66,7 @@ class MetricsFile(TrainerCallback):
             "loss_tokens": self.meter.loss_tokens,
             "peak_memory_bytes": peak_memory(args.device),
         }
-        with open(self.path, "a", encoding="utf-8") as file:
+        with atomic.naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(plain(line)) + "\n")
 
 
@@ -140,7 +140,7 @@ def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
 
 def file_hash(path: Path) -> str:
     """``sha256:...`` of a file."""
-    with open(path, "rb") as file:
+    with atomic.naming(path), open(path, "rb") as file:
         return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -24,6 +24,7 @@ from leantune.adapters.verification import WEIGHTS_NAME
 from leantune.core.errors import DataError, MethodError, RunError, describe
 from leantune.methods import TrainingPlan
 from leantune.train import checkpoint, distributed
+from leantune.train.failure import reading
 from leantune.train.isolation import packed_inputs
 from leantune.train.listener import plan_callbacks, plan_of
 from leantune.train.loss import Selection, count_targets, dense_losses, per_row, selected_losses
@@ -340,6 +341,14 @@ class LeanTrainer(Trainer):
             raise RunError(
                 describe(str(path), got, "the same bits", "go on from the checkpoint before: remove this one")
             )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(str(checkpoint))):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(str(checkpoint))):
+            super()._load_rng_state(checkpoint)
 
     def finish_from(self, path: Path) -> bool:
         """Take over a checkpoint that no step is left to train from.
