@@ -88,6 +88,13 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="Decay of the trained parameters, norms and biases left out")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 means no clipping")
     seed: int = Field(0, ge=0, description="Seed of row order, initialisation, dropout and the method's selection")
+    calibration_share: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Share of the training rows that a start or choice made from data is computed from; at least 32 "
+        "rows, at most 512",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="Type of the base weights; trained parameters are at least float32"
     )

@@ -17,6 +17,7 @@ from peft import get_peft_model_state_dict
 from torch import nn
 
 from leantune.core.errors import RunError, describe
+from leantune.methods._initialization import start_from_file
 from leantune.train import summary as summaries
 from leantune.train.config import RunConfig
 from leantune.train.folder import ADAPTER, CHECKPOINTS, CONFIG, MODEL, PICTURE
@@ -176,7 +177,8 @@ def _writes(config: RunConfig, prepared: Prepared, trained_bytes: int, steps: in
     """Each file and folder of the run folder; sizes of the large ones, of tensors alone."""
     folder = Path(config.out)
     if config.chosen_method.is_adapter:
-        state = get_peft_model_state_dict(prepared.model, save_embedding_layers=False)
+        with start_from_file():
+            state = get_peft_model_state_dict(prepared.model, save_embedding_layers=False)
         result, size = ADAPTER, sum(each.numel() * each.element_size() for each in state.values())
     else:
         result = MODEL

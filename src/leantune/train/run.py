@@ -17,6 +17,7 @@ from leantune.models import BaseModel
 from leantune.train import distributed
 from leantune.train import folder as run_folder
 from leantune.train import summary as summaries
+from leantune.train.calibration import calibrate
 from leantune.train.card import card
 from leantune.train.config import RunConfig
 from leantune.train.failure import told
@@ -171,6 +172,8 @@ def _run(config: RunConfig, point: Resumption | None, progress: bool) -> Run:
             run_folder.write_record(config.out, summary)
     distributed.wait_for_all()
     report.announce(summary, load_time_s=time.perf_counter() - began)
+    # Also before going on from a checkpoint, which holds what was chosen: the base may be in an order of its own.
+    summary |= calibrate(config, trainer, examples.train, report.say)
     trainer.record = summary
     trainer.meter.preparing += time.perf_counter() - began
     outcome = _train(config, trainer, report, point)
