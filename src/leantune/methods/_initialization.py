@@ -86,7 +86,7 @@ def _waits(adapter: str) -> MethodError:
 
 @contextmanager
 def start_from_file() -> Iterator[None]:
-    """Inside, the state of a waiting adapter can be listed: its start is about to be read from a file."""
+    """Inside, the state of a waiting adapter can be listed, to be read from a file or for its shapes alone."""
     token = _expects_file.set(True)
     try:
         yield
