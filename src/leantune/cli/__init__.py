@@ -19,6 +19,7 @@ from leantune.core.errors import LeantuneError, describe, did_you_mean, require
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("leantune.cli.train", "Fine-tune a model on your data."),
     "generate": ("leantune.cli.generate", "Ask a trained model, or its base."),
+    "chat": ("leantune.cli.chat", "Talk with a trained model, its base beside it."),
     "eval": ("leantune.cli.eval", "Score base and trained model side by side."),
     "merge": ("leantune.cli.merge", "Write the adapter into its base, and prove it the same."),
     "export": ("leantune.cli.export", "Write the adapter as plain LoRA, and prove it the same."),
@@ -78,6 +79,8 @@ def _quiet_third_parties() -> None:
     """Warnings of libraries about each other, which a user can do nothing about."""
     # PEFT 0.21 asks a transformers 5.23 model by a name that goes in transformers 6.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # accelerate 1.15 hands torch 2.13 the older name of a switch.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 def _fail(text: str, code: int = 1) -> NoReturn:

@@ -9,6 +9,7 @@ from leantune.evaluate.likelihood import Likelihood, likelihood
 from leantune.evaluate.prediction import predict
 from leantune.evaluate.reference import Input, group_references
 from leantune.evaluate.scores import METRICS, Metric, Scores, paired_difference
+from leantune.evaluate.stream import stream
 
 __all__ = [
     "METRICS",
@@ -24,4 +25,5 @@ __all__ = [
     "likelihood",
     "paired_difference",
     "predict",
+    "stream",
 ]
