@@ -186,8 +186,11 @@ def write_lora(
     error = 0.0
     for path, module in modules:
         B, A = (factor.to("cpu", file_dtype) for factor in factors.pop(path))
-        error = max(error, _max_abs_error(layers.delta_weight(module, adapter_name), B, A))
+        # A convolution is linear in patches: its factors stand for the unfolded kernel.
+        error = max(error, _max_abs_error(layers.delta_weight(module, adapter_name).flatten(1), B, A))
         B, A = _pad(B, A, common if pad_rank else ranks[path])
+        if kernel := layers.kernel_of(module):
+            B, A = B[:, :, None, None], A.view(len(A), -1, *kernel)
         tensors[f"base_model.model.{path}.lora_A.weight"] = A
         tensors[f"base_model.model.{path}.lora_B.weight"] = B
     # The header is part of the format: some readers refuse a file that does not say "pt".

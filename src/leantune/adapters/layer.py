@@ -91,6 +91,12 @@ def is_conv1d(layer: BaseTunerLayer) -> bool:
     return isinstance(layer.get_base_layer(), Conv1D)
 
 
+def kernel_of(layer: BaseTunerLayer) -> tuple[int, ...]:
+    """``(kh, kw)`` of a wrapped convolution; empty for a linear module."""
+    base = layer.get_base_layer()
+    return tuple(base.weight.shape[2:]) if isinstance(base, nn.Conv2d) else ()
+
+
 def shape_of(layer: BaseTunerLayer) -> tuple[int, int]:
     """``(out, in)`` of the wrapped linear module."""
     base: Any = layer.get_base_layer()

@@ -82,6 +82,7 @@ def numberless(path: str) -> str:
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
 
 
+@torch.enable_grad()
 def trace_structures(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
