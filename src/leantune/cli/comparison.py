@@ -122,6 +122,8 @@ def note(run: Run, data: Path, comparison: Comparison) -> None:
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(run.summary)
     evaluation = summary.get("evaluation") or {}
     files = evaluation.get("files") or {}
-    files[data.as_posix()] = {"hash": data_hash(data), **comparison.to_dict()}
+    # Of a folder, the files that were scored: those to train on where the run held rows of them out.
+    split = "train" if data == run.config.data else "validation"
+    files[data.as_posix()] = {"hash": data_hash(data, split=split), **comparison.to_dict()}
     summary["evaluation"] = {**evaluation, "files": files}
     atomic.write_json(path, summary)

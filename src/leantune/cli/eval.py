@@ -20,7 +20,13 @@ def command(words: list[str]) -> Any:
 def evaluate_run(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     data: Annotated[
-        Path | None, typer.Option(metavar="path", help="Rows to score on; default: the run's eval_data.")
+        Path | None, typer.Option(metavar="path", help="Rows to score on; default: those the run evaluates on.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="Format of the rows; default: as the run was told.")
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="name=name,...", help="Which column means what; default: as the run was told.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(metavar="int", help="Most new tokens of a generated answer.")] = 48,
     batch_size: Annotated[int, typer.Option(metavar="int", help="Rows or prompts at once.")] = 16,
@@ -41,14 +47,22 @@ def evaluate_run(
     from leantune.data import read_rows
     from leantune.evaluate import METRICS
     from leantune.train import Run
+    from leantune.train.rows import held_out
 
     opened = Run.open(run)
     chosen = data or opened.config.eval_data
-    if chosen is None:
+    if chosen is not None:
+        asked = {"format": form, "columns": columns}
+        if form is None and columns is None:
+            asked = {"format": opened.config.format, "columns": opened.config.columns}
+        rows = read_rows(chosen, split="validation", limit=limit, **asked)
+    elif opened.config.eval_share is not None:
+        # The run held rows of its own file out; they are found again by their hash.
+        chosen, rows = opened.config.data, held_out(opened.config)[:limit]
+    else:
         raise ConfigError(
             describe("--data", "missing", "rows to score on; the run has no eval_data", "give --data FILE")
         )
-    rows = read_rows(chosen, format=opened.config.format, limit=limit)
     say(f"loading {opened.config.model} and {opened.result}")
     base, _ = opened.load()
     names = [name.strip() for name in metrics.split(",")] if metrics else None

@@ -9,13 +9,10 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from leantune.cli.command import Command, console, printable, reflowed
-
-_BAR_WIDTH = 40
+from leantune.cli.command import Command, console, reflowed
 
 
 def command(words: list[str]) -> Any:
@@ -33,74 +30,53 @@ def command(words: list[str]) -> Any:
 
 
 def data(
-    file: Annotated[Path, typer.Argument(help="A data file: jsonl or parquet.")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="A data file, a folder of them, or a Hub data set (owner/name:split).", show_default=False),
+    ],
     model: Annotated[str, typer.Option(help="Base model whose tokenizer and chat template to use.")] = "smollm2-135m",
     rows: Annotated[int, typer.Option(metavar="int", help="Rows to show as the model sees them.")] = 3,
     max_length: Annotated[
         int, typer.Option(metavar="int", help="Cut rows to so many tokens, as training would.")
     ] = 1024,
-    form: Annotated[str | None, typer.Option("--format", help="Format of the file; default: by its columns.")] = None,
+    form: Annotated[str | None, typer.Option("--format", help="Format of the rows; default: by their columns.")] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="name=name,...", help="Which column means what: prompt=question,completion=answer."),
+    ] = None,
+    chat_template: Annotated[
+        Path | None, typer.Option(metavar="path", help="File with the chat template (Jinja) to use.")
+    ] = None,
+    eval_share: Annotated[
+        float | None, typer.Option(metavar="float", help="Count what this share would hold out for evaluation.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(metavar="int", help="Read only the first rows.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the counts as JSON.")] = False,
 ) -> None:
     """A data file as the model will see it.
 
-    Rows, with the tokens that carry loss in colour and underlined (they are what is learned); lengths, truncation,
-    duplicates, and the share of tokens that carry loss.
+    How its columns are read; rows, with the tokens that carry loss in colour and underlined (they are what is
+    learned); lengths, truncation, duplicates, who says how many tokens and which of them carry loss.
     """
-    from leantune.data import encode, encode_classification, masked_text, read_rows, summary
-    from leantune.models import load_tokenizer
+    from leantune.cli.data_sheet import Sheet
 
-    read = read_rows(file, format=form, limit=limit)
-    tokenizer = load_tokenizer(model)
-    labelled = bool(read) and read[0].label is not None
-    encoded = (encode_classification if labelled else encode)(read, tokenizer, max_length=max_length)
-    facts = summary(encoded, read, tokenizer)
+    sheet = Sheet(
+        file,
+        model,
+        max_length=max_length,
+        form=form,
+        columns=columns,
+        template=chat_template,
+        limit=limit,
+        eval_share=eval_share,
+    )
     if as_json:
-        typer.echo(json.dumps({"file": file.as_posix(), "model": model, **facts}, indent=2))
+        typer.echo(json.dumps(sheet.facts, indent=2))
         return
     out = console()
-    for example in encoded[: max(rows, 0)]:
-        out.print(f"[bold]{read[example['row']].where}[/]  {len(example['input_ids'])} tokens")
-        if labelled:
-            row = read[example["row"]]
-            out.print(Text(" | ".join(part for part in (row.text, row.text_pair) if part)), soft_wrap=True)
-            out.print(Text(f"label {row.label}", style="green underline"))
-        else:
-            out.print(_coloured(masked_text(example, tokenizer)), soft_wrap=True)
-        out.print()
-    _print_counts(out, facts)
-
-
-def _coloured(stretches: list[tuple[str, bool]]) -> Text:
-    return Text.assemble(*((printable(text), "bold green underline" if loss else "dim") for text, loss in stretches))
-
-
-def _print_counts(out: Console, facts: dict[str, Any]) -> None:
-    tokens, cut, twice = facts["tokens"], facts["truncation"], facts["duplicates"]
-    out.print(f"rows          {facts['rows']:,}")
-    names = ("min", "median", "p90", "p99", "max")
-    out.print("tokens a row  " + "  ".join(f"{name} {tokens[name]:,.0f}" for name in names))
-    if facts["loss_share"] is not None:
-        out.print(
-            f"loss          {facts['loss_tokens']:,} of {facts['total_tokens']:,} tokens carry loss "
-            f"({facts['loss_share']:.1%})"
-        )
-    out.print(
-        f"truncation    {cut['rows']:,} rows longer than {cut['max_length']:,} tokens: {cut['tokens']:,} tokens cut, "
-        f"{cut['loss_rows']:,} rows lose tokens that carry loss"
-    )
-    out.print(f"duplicates    {twice['rows']:,} whole rows, {twice['prompts']:,} prompts asked before")
-    if facts["unknown_tokens"]:
-        out.print(f"[red]unknown       {facts['unknown_tokens']:,} tokens the tokenizer does not know[/]")
-    for label, count in (facts["labels"] or {}).items():
-        out.print(Text(f"label         {label}: {count:,} rows"))
-    edges, counts = tokens["histogram"]["edges"], tokens["histogram"]["counts"]
-    out.print("\nlength in tokens")
-    width = len(f"{edges[-1]:,.0f}")
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        bar = "█" * max(round(_BAR_WIDTH * count / max(counts)), 1 if count else 0)
-        out.print(f"  {low:>{width},.0f} to {high:>{width},.0f}  [cyan]{bar}[/] {count:,}")
+    sheet.print_source(out)
+    sheet.print_rows(out, rows)
+    sheet.print_counts(out)
 
 
 def adapter(

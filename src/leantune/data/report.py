@@ -14,6 +14,8 @@ from leantune.data.encoding import NO_LOSS, Encoded, special_ids
 from leantune.data.row import Row
 
 _BINS = 12
+# So many signs alike are the same text, not two that begin alike.
+_CERTAIN = 12
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -23,12 +25,14 @@ def _content(row: Row) -> str:
 
 def _lengths(lengths: Sequence[int]) -> dict[str, Any]:
     values = np.asarray(lengths)
-    counts, edges = np.histogram(values, bins=_BINS)
+    # Bins of whole tokens, the last edge behind the longest row.
+    width = -(-int(values.max() - values.min() + 1) // _BINS)
+    counts, edges = np.histogram(values, bins=np.arange(values.min(), values.max() + width + 1, width))
     quantiles = {name: float(np.quantile(values, q)) for name, q in _QUANTILES.items()}
     return {
         **quantiles,
         "mean": float(values.mean()),
-        "histogram": {"edges": [float(edge) for edge in edges], "counts": [int(count) for count in counts]},
+        "histogram": {"edges": [int(edge) for edge in edges], "counts": [int(count) for count in counts]},
     }
 
 
@@ -44,9 +48,9 @@ def summary(encoded: Encoded, rows: Sequence[Row], tokenizer: Any) -> dict[str, 
         ``rows``; ``tokens`` (quantiles, mean and histogram of the examples' lengths in tokens); ``total_tokens``;
         ``loss_tokens``; ``loss_share`` (of the tokens; None for classification and regression); ``truncation`` (rows,
         tokens, rows that lost loss tokens); ``duplicates`` (rows beyond the first of their kind; ``prompts``: the
-        same question, ``rows``: the whole row); ``references`` (rows that bring some); ``unknown_tokens``; ``labels``
-        (rows of each label, for classification); ``roles`` (of a text task: for each role the tokens, and those that
-        carry loss) and ``ends`` (the tokens that answers end with, see :func:`ends`).
+        same question, ``rows``: the whole row); ``references`` (rows that bring some); ``glued`` (see :func:`glued`);
+        ``unknown_tokens``; ``labels`` (rows of each label, for classification); ``roles`` (of a text task: for each
+        role the tokens, and those that carry loss) and ``ends`` (what answers end with, see :func:`ends`).
     """
     unknown = tokenizer.unk_token_id
     is_text = isinstance(encoded.examples[0]["labels"], list)
@@ -68,11 +72,21 @@ def summary(encoded: Encoded, rows: Sequence[Row], tokenizer: Any) -> dict[str, 
             "rows": len(rows) - len({_content(row) for row in rows}),
         },
         "references": sum(bool(row.references) for row in rows),
+        "glued": glued(rows),
         "unknown_tokens": 0 if unknown is None else sum(example["input_ids"].count(unknown) for example in encoded),
         "labels": dict(labels.most_common()) if encoded.label_names else None,
         "roles": roles(encoded, rows, tokenizer) if is_text else None,
         "ends": ends(encoded, tokenizer) if is_text else None,
     }
+
+
+def glued(rows: Sequence[Row]) -> int:
+    """Rows of prompt and completion with no white space where the one ends and the other begins.
+
+    Nothing is put between them, so that a question would run into its answer.
+    """
+    bordered = ((row.prompt[-1:], row.completion[:1]) for row in rows if row.prompt and row.completion)
+    return sum(not (before.isspace() or after.isspace()) for before, after in bordered)
 
 
 TEMPLATE = "template"
@@ -132,8 +146,10 @@ def _said(row: Row, ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int, 
         found = text.find(content, place) if content else -1
         if found < 0:
             # Cut off, or written otherwise by the template.
-            continue
-        place = found + len(content)
+            found = _cut_off(content, text, place)
+            if found < 0:
+                continue
+        place = min(found + len(content), len(text))
         # A token that reaches into what is said, or out of it, is part of it.
         first, last = bisect_right(every, found, key=end_of), bisect_left(every, place, key=end_of) + 1
         if first > token:
@@ -142,6 +158,12 @@ def _said(row: Row, ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int, 
         token = max(token, last)
     if token < len(ids):
         yield TEMPLATE, token, len(ids)
+
+
+def _cut_off(content: str, text: str, place: int) -> int:
+    """Where a content begins that the end of the text cuts off; -1 where none does."""
+    found = text.find(content[:_CERTAIN], place) if content else -1
+    return found if found >= 0 and content.startswith(text[found:]) else -1
 
 
 def _token_ends(ids: list[int], text: str, tokenizer: Any) -> Callable[[int], int]:
