@@ -44,6 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "full-bfloat16": {"method": "full", "method_options": {}, "lr": 1e-3, "dtype": "bfloat16"},
     "head": {**LORA, "task": "classification"},
     "checkpointing": {**LORA, "gradient_checkpointing": True, "max_steps": 9},
+    "packing": {**LORA, "packing": True, "max_length": 24, "max_steps": 12},
+    "streaming": {**LORA, "streaming": True, "max_steps": 10, "shuffle_buffer": 7},
 }
 
 

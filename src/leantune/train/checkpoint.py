@@ -89,20 +89,27 @@ def unseal(folder: Path) -> tuple[dict[str, Any], str | None]:
     Raises:
         OSError: it cannot be read now, which says nothing about what it holds.
     """
-    path = folder / SEAL
-    if not path.is_file():
+    if not (folder / SEAL).is_file():
         return {}, f"has no {SEAL}: written by another program, or by an older version"
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        files = dict(facts["files"])
-    except (ValueError, KeyError, TypeError):
+    facts = sealed(folder)
+    if not facts:
         return {}, f"{SEAL} is torn"
-    for name, recorded in files.items():
+    for name, recorded in facts["files"].items():
         if not (folder / name).is_file():
             return facts, f"{name} is missing"
         if file_hash(folder / name) != recorded:
             return facts, f"{name} is not what was written ({(folder / name).stat().st_size} bytes)"
     return facts, None
+
+
+def sealed(folder: Path) -> dict[str, Any]:
+    """What the seal of a checkpoint says, whether or not it still holds; empty where there is none to be read."""
+    path = folder / SEAL
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else {}
 
 
 def trained_hash(model: torch.nn.Module) -> str:

@@ -22,8 +22,8 @@ from leantune.train.record import RECORD, environment, plain
 # How often something is written or shown, and where things stand; the content of model and data is compared by hash.
 FREE = frozenset(
     {
-        *("out", "overwrite", "save_steps", "keep_checkpoints", "log_steps", "eval_steps", "eval_data", "report_to"),
-        *("model", "data", "revision", "trust_remote_code", "device"),
+        *("out", "overwrite", "save_steps", "keep_checkpoints", "log_steps", "report_to", "run_name"),
+        *("model", "data", "revision", "trust_remote_code", "device", "eval_steps", "eval_data"),
     }
 )
 LENGTH = ("epochs", "max_steps")

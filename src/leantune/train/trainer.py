@@ -27,13 +27,13 @@ from leantune.train import checkpoint, distributed
 from leantune.train.failure import reading
 from leantune.train.isolation import packed_inputs
 from leantune.train.listener import plan_callbacks, plan_of
-from leantune.train.loss import Selection, count_targets, dense_losses, per_row, selected_losses
+from leantune.train.loss import Selection, count_items, dense_losses, per_row, selected_losses
 from leantune.train.meter import Meter
 from leantune.train.regime import ADAMW, make_optimizer
 from leantune.train.sampler import LengthSampler
 from leantune.train.validation import validate
 
-Task = Literal["causal-lm", "classification", "regression"]
+Task = Literal["causal-lm", "classification", "regression", "masked-lm", "image-classification"]
 
 
 class LeanTrainer(Trainer):
@@ -114,8 +114,8 @@ class LeanTrainer(Trainer):
         outputs = None
         if self.task != "causal-lm":
             outputs = model(**inputs)
-            rows = inputs["labels"].shape[0]
-            loss = outputs.loss * rows / self._items(num_items_in_batch, rows)
+            items = count_items(self.task, inputs["labels"])
+            loss = outputs.loss * items / self._items(num_items_in_batch, items)
         elif self._takes_stock_path():
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
@@ -136,7 +136,7 @@ class LeanTrainer(Trainer):
     def _takes_stock_path(self) -> bool:
         return self.logits == "all" and self.plan.loss_reduction is None and self.model_accepts_loss_kwargs
 
-    def _items(self, given: Tensor | int | None, own: int) -> Tensor | float:
+    def _items(self, given: Tensor | int | None, own: int | Tensor) -> Tensor | float:
         """What to divide by: the items of the step over all processes, whose gradients will be averaged."""
         if given is None:
             return max(own, 1)
@@ -148,10 +148,7 @@ class LeanTrainer(Trainer):
         if not batch_samples or "labels" not in batch_samples[0]:
             return None
         labels = [batch["labels"] for batch in batch_samples]
-        if self.task == "causal-lm":
-            items = torch.stack([count_targets(each).to(device) for each in labels]).sum()
-        else:
-            items = torch.tensor(sum(len(each) for each in labels), device=device)
+        items = torch.stack([count_items(self.task, each).to(device) for each in labels]).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             items = self.accelerator.gather(items).sum()
         return items.clamp(min=1)
@@ -238,7 +235,7 @@ class LeanTrainer(Trainer):
             return self.plan.sampler(dataset, self.args.seed)
         if self.group_by_length:
             rows: Any = dataset
-            lengths = [len(example["input_ids"]) for example in rows]
+            lengths = [len(example.get("input_ids", ())) for example in rows]
             # The processes share out what is one batch to all of them together.
             return LengthSampler(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
         return super()._get_train_sampler(train_dataset)
@@ -331,11 +328,12 @@ class LeanTrainer(Trainer):
         """Put the trained parameters back, and prove that they are those that were saved."""
         path = Path(resume_from_checkpoint)
         target = model if model is not None else cast(nn.Module, self.model)
-        if isinstance(target, PeftModel) and not self._is_sharded and (path / WEIGHTS_NAME).is_file():
-            restore(target, path, adapter_name=target.active_adapters[0])
+        inner = self.accelerator.unwrap_model(target, keep_torch_compile=False)
+        if isinstance(inner, PeftModel) and not self._is_sharded and (path / WEIGHTS_NAME).is_file():
+            restore(inner, path, adapter_name=inner.active_adapters[0])
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        wanted = checkpoint.unseal(path)[0].get("trained") if not self._is_sharded else None
+        wanted = checkpoint.sealed(path).get("trained") if not self._is_sharded else None
         if wanted and checkpoint.trained_hash(target) != wanted:
             got = "the parameters it gives are not those that were saved"
             raise RunError(
