@@ -180,6 +180,9 @@ def _check(task: str, metrics: Sequence[str] | None, rows: Sequence[Row]) -> tup
             raise ConfigError(describe("metrics", f"'{name}'", f"a metric of {task}", did_you_mean(name, known)))
     if not rows:
         raise DataError(describe("data", "no rows", "at least one row to score", "give some"))
+    if metrics is None and task == "causal-lm" and all(row.is_plain_text for row in rows):
+        # Nothing is asked in a plain text, so there is no answer to compare.
+        return TASKS[task], ("loss", "perplexity")
     return TASKS[task], known if metrics is None else tuple(metrics)
 
 

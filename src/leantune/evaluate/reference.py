@@ -26,7 +26,8 @@ class Input:
 
 def _key(row: Row) -> str:
     if row.messages is None:
-        return json.dumps(row.prompt)
+        # A plain text asks nothing: each is an input of its own.
+        return json.dumps(["text", row.text] if row.is_plain_text else row.prompt)
     asked = {"messages": row.messages[: row.last_assistant()], "tools": row.extra.get("tools")}
     return json.dumps(asked, sort_keys=True, default=str)
 

@@ -11,12 +11,15 @@ from typing import Any
 from leantune.core.errors import DataError, describe
 from leantune.data import Row, find_label_names
 from leantune.data.problem import Problems
+from leantune.data.report import glued
 from leantune.data.source import Source, read_source
 from leantune.data.split import is_held_out, split_rows
 from leantune.data.template import read_template
 from leantune.train.config import RunConfig
 
 TEMPLATE = "chat_template.jinja"
+# Tasks whose labels are names of classes.
+CLASSES_TASKS = ("classification", "image-classification")
 
 
 @dataclass
@@ -106,5 +109,8 @@ def read_data(config: RunConfig, template: Path | None = None) -> Rows:
     elif config.eval_share is not None:
         train, evaluation = split_rows(train, config.eval_share, source.name)
     known = [*train, *(evaluation or [])] if config.eval_share is not None else train
-    labels = find_label_names(known) if config.task == "classification" else None
-    return Rows(train, evaluation, labels, {**source.facts(), "notes": source.notes()}, jinja)
+    labels = find_label_names(known) if config.task in CLASSES_TASKS else None
+    notes = source.notes()
+    if config.task == "causal-lm" and (count := glued(train)) > len(train) / 2 and train[0].messages is None:
+        notes.append(f"{count:,} prompts run into their completion without a space or line break between them")
+    return Rows(train, evaluation, labels, {**source.facts(), "notes": notes}, jinja)
