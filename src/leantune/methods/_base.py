@@ -281,7 +281,7 @@ class AdapterModel(StartingModel):
 
     def adaptable(self, module: nn.Module) -> bool:
         """Whether the method has a layer for this one: linear, transposed or packed."""
-        return _adaptable(module)
+        return is_adaptable(module)
 
     def layer_class(self, base: nn.Module) -> type[AdapterLayer]:
         """The layer that wraps ``base``."""
@@ -366,7 +366,8 @@ class AdapterModel(StartingModel):
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, BaseTunerLayer):
-                found.append((name, module.get_base_layer()))
+                if self.adaptable(module.get_base_layer()):
+                    found.append((name, module.get_base_layer()))
             elif self.adaptable(module) and not name.endswith("base_layer"):
                 found.append((name, module))
         return found
@@ -467,5 +468,6 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     return width_in, out
 
 
-def _adaptable(module: nn.Module) -> bool:
+def is_adaptable(module: nn.Module) -> bool:
+    """Whether it is linear: plain, transposed (``Conv1D``) or packed."""
     return isinstance(module, (nn.Linear, Conv1D)) or resolve_quantization_backend(module) is not None

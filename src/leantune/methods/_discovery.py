@@ -11,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from leantune.core.errors import TargetError
+from leantune.methods._base import is_adaptable
+from leantune.methods._convolution import is_whole_convolution, weight_shape
 from leantune.methods._cut_graph import is_convolution
 from leantune.methods._example import example_of
 from leantune.methods._tracer import numberless, trace_structures
@@ -155,13 +157,21 @@ def _endings(chosen: list[str], paths: list[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def ways(model: nn.Module, layers: Mapping[str, nn.Module], shapes: Shapes) -> list[dict[str, Any]]:
-    """The structures of a model, block numbers taken together, each with the way by which it was found.
+def structure_report(model: nn.Module) -> list[dict[str, Any]]:
+    """The structures of a plain model, block numbers taken together, each with the way by which it was found.
+
+    Args:
+        model: may be on the meta device.
 
     Returns:
-        ``{"block", "kind", "count", "units", "choices", "parts", "found"}`` each; ``found`` is "by name", "traced" or
-        "not coupled".
+        ``{"block", "kind", "count", "units", "choices", "permutable", "found", "parts"}`` each. ``units`` are heads or
+        channels, ``choices`` what a choice that holds for all parts is among; ``found`` is "by name", "traced" or "not
+        coupled".
     """
+    layers = {
+        path: module for path, module in model.named_modules() if is_adaptable(module) or is_whole_convolution(module)
+    }
+    shapes = {path: weight_shape(layer) for path, layer in layers.items()}
     found, open_ = known_by_name(model, layers, shapes)
     by_trace = discover(model, layers, shapes, open_).structures if open_ else []
     merged = by_trace or found
@@ -171,9 +181,15 @@ def ways(model: nn.Module, layers: Mapping[str, nn.Module], shapes: Shapes) -> l
             f"{part.role} {numberless(part.module)}: {part.units} x {part.size} {_ENTRIES[part.axis]}"
             for part in each.parts
         )
-        way = "not coupled" if each.kind == "plain" else "traced" if each not in found else "by name"
-        facts = {"block": numberless(each.block), "kind": each.kind, "units": each.units, "choices": each.choices}
-        key = (*facts.values(), parts, way)
-        group = groups.setdefault(key, {**facts, "count": 0, "parts": list(parts), "found": way})
+        facts = {
+            "block": numberless(each.block),
+            "kind": each.kind,
+            "count": 0,
+            "units": each.units,
+            "choices": each.choices,
+            "permutable": each.permutable,
+            "found": "not coupled" if each.kind == "plain" else "by name" if each in found else "traced",
+        }
+        group = groups.setdefault((*facts.values(), parts), {**facts, "parts": list(parts)})
         group["count"] += 1
     return list(groups.values())

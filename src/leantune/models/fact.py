@@ -83,6 +83,24 @@ def facts(
     }
 
 
+def bare_model(
+    name: str | os.PathLike[str],
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    progress: Progress = say,
+) -> nn.Module:
+    """A base model on the meta device: every module and shape, no weight. Arguments as for :func:`facts`.
+
+    Raises:
+        ModelError: the model cannot be found, or its config builds none.
+    """
+    location = locate(name, revision=revision, progress=progress)
+    with reading(location, progress):
+        config = read_config(location, trust_remote_code)
+    return _skeleton(config, location, trust_remote_code)
+
+
 def _skeleton(config: Any, location: Location, trust_remote_code: bool) -> nn.Module:
     """The model on the meta device: every module and shape, no memory."""
     import transformers
