@@ -61,7 +61,9 @@ class Report(TrainerCallback):
         if data["truncation"]:
             self.say(f"        {data['truncation']}")
         self.say(batch_line(summary["batching"], data["rows"]))
-        self.say(f"loaded in {load_time_s:.1f} s; training on {summary['environment']['threads']} threads")
+        together = summary.get("processes", 1)
+        where = f"{summary['environment']['threads']} threads" + (f" in each of {together} processes" * (together > 1))
+        self.say(f"loaded in {load_time_s:.1f} s; training on {where}")
 
     @override
     def on_train_begin(

@@ -7,6 +7,7 @@ from typing import Any
 
 from leantune.data import Encoded, RowStream, data_hash
 from leantune.models import BaseModel
+from leantune.train import distributed
 from leantune.train.batching import batching, stream_facts
 from leantune.train.config import RunConfig
 from leantune.train.meter import peak_memory
@@ -44,6 +45,7 @@ def before(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -
         "batching": batching(config, examples.train, examples.packs),
         **parameter_counts(model),
         "config": config.model_dump(mode="json"),
+        "processes": distributed.processes(),
         "environment": environment(),
     }
 
