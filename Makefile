@@ -4,6 +4,7 @@
 #   make test          the test suite
 #   make check         format, lint, types, architecture
 #   make conformance   PEFT's own tests on our methods
+#   make faults        a failing disk and a kill at every call that saves or resumes a run (an hour)
 #   make mutants       faults planted in the code: the tests must find each
 #   make docs          docs/reference.md from the texts in the code
 #   make clean         remove .venv and everything built
@@ -24,7 +25,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 
 unexport PYTHONPATH PYTHONHOME PIP_USER PIP_TARGET PIP_PREFIX
 
-.PHONY: help install demo demo-full test check conformance mutants docs clean
+.PHONY: help install demo demo-full test check conformance faults mutants docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -66,6 +67,9 @@ check: $(STAMP)
 # Fetches PEFT's source distribution at the installed version; nothing of it is kept in the repository.
 conformance: $(STAMP)
 	@$(BIN)/python tests/conformance/run.py $(ARGS)
+
+faults: $(STAMP)
+	@LEANTUNE_FAULTS=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) tests/train/test_fault.py $(ARGS)
 
 mutants: $(STAMP)
 	@$(BIN)/python tests/mutants/run.py $(ARGS)
