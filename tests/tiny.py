@@ -16,10 +16,14 @@ from transformers import (
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -27,6 +31,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     RobertaConfig,
@@ -177,6 +183,36 @@ def _vit() -> PreTrainedModel:
     return ViTForImageClassification(config)
 
 
+def _mixtral() -> PreTrainedModel:
+    return MixtralForCausalLM(MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2))
+
+
+def _qwen2_moe() -> PreTrainedModel:
+    # Beside its experts a shared one, of linear layers.
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **_DECODER,
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=10,
+            shared_expert_intermediate_size=12,
+        )
+    )
+
+
+def _gpt_oss() -> PreTrainedModel:
+    # Transposed weights, gate and up rows interleaved, biases, a clamped gate.
+    settings = {**_DECODER, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 4}
+    return GptOssForCausalLM(GptOssConfig(**settings, layer_types=["full_attention"] * LAYERS))
+
+
+EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "gpt_oss": _gpt_oss,
+}
+"""Models with experts as 3-D parameters."""
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -203,10 +239,12 @@ EVERY = (*FAMILIES, *FURTHER)
 
 def model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """A model of the family, the same weights for the same seed, in eval mode; in float64 its norms are exact."""
-    made = {**FAMILIES, **FURTHER}[family]()
+    made = {**FAMILIES, **FURTHER, **EXPERTS}[family]()
     scatter_weights(made, seed, dtype)
     if dtype == torch.float64:
         exact_norms(made)
+        # The grouped kernel for experts takes no float64.
+        made.set_experts_implementation("eager")
     return made.eval()
 
 

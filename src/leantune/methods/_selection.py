@@ -139,7 +139,7 @@ def plain_channels(part: Part, budget: Budget) -> int:
     return max(1, min(int(budget.parameters(shape) // part.width), part.units))
 
 
-def _generator(*words: object) -> torch.Generator:
+def seeded(*words: object) -> torch.Generator:
     """A CPU generator seeded by the words, the same on every machine and in every process."""
     digest = hashlib.sha256("/".join(str(word) for word in words).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -200,7 +200,7 @@ def choose_units(
     """
     units = structure.choices
     if selection == "random":
-        drawn = torch.randperm(units, generator=_generator(seed, structure.block, structure.kind, side))[:count]
+        drawn = torch.randperm(units, generator=seeded(seed, structure.block, structure.kind, side))[:count]
         return drawn.sort().values
     scores = unit_scores(structure, whole or structure, selection, squares)
     ranked = scores.sort(descending=order == "largest", stable=True).indices

@@ -36,6 +36,7 @@ from leantune.methods._choice import Choice, choose
 from leantune.methods._convolution import ConvolutionSlice, is_whole_convolution, refuse_calibration, weight_shape
 from leantune.methods._discovery import discover, traced_targets
 from leantune.methods._evidence import Questions
+from leantune.methods._expert_choice import default_expert_targets, inject_experts, start_experts
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
 from leantune.methods._permutation import BasePermutation
 from leantune.methods._registry import Method, register
@@ -53,6 +54,13 @@ class S2FTConfig(AdapterConfig):
         ConfigError: two budgets, a value out of range, or an unknown choice; all problems at once.
     """
 
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of expert weights to adapt (path endings, e.g. experts.down_proj): channels of each expert "
+            "then train. Default: the experts' down projections, where target_modules is not given either."
+        },
+    )
     ratio: float | None = field(
         default=None,
         metadata={
@@ -108,6 +116,8 @@ class S2FTConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("s2ft")
+        if isinstance(self.target_parameters, list):
+            self.target_parameters = set(self.target_parameters)  # type: ignore[assignment]
         problems = [
             describe(f"S2FTConfig.{name}", repr(getattr(self, name)), "one of " + ", ".join(known), near)
             for name, known in _CHOICES.items()
@@ -233,6 +243,7 @@ class S2FTModel(AdapterModel):
         super()._prepare_model(peft_config, model)
         # The first module of this injection chooses for all; an adapter of the same name may have gone before.
         self._chosen: dict[str, selecting.Slice] | None = None
+        self.trained_and_total = (0, 0)
 
     def layer_options(self, config: S2FTConfig, path: str) -> dict[str, Any] | None:
         """The chosen entries of the module at ``path``; None when the budget gives it none."""
@@ -255,6 +266,20 @@ class S2FTModel(AdapterModel):
         by_name = super().default_targets()
         return (*by_name, *traced_targets(self.model, layers, shapes, by_name))
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            if peft_config.target_parameters is not None:
+                return peft_config
+            peft_config.target_parameters = default_expert_targets(self.model)
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        # PEFT would wrap each parameter by itself; an expert's weights belong together.
+        del model, low_cpu_mem_usage
+        return inject_experts(self, peft_config, adapter_name)
+
     @property
     def permutation(self) -> BasePermutation:
         """The order in which the base's rows and columns stand."""
@@ -267,9 +292,12 @@ class S2FTModel(AdapterModel):
         questions = Questions(shapes)
         self._choice(config, shapes, questions)
         answers = questions.ask(data, layers, self.permutation, self._weight_squares(layers))
+        ratio = config.achieved_ratio
         for path, chosen in self._choose(config, answers, starting=adapters).items():
             for adapter in adapters:
                 cast(S2FTLinear, self.model.get_submodule(path)).choose(adapter, chosen)
+        start_experts(self, adapters, config, data)
+        config.achieved_ratio = ratio
 
     def _base_layers(self) -> tuple[dict[str, nn.Module], dict[str, tuple[int, int]]]:
         """The layers that could train, and their ``(out, in)``."""
@@ -303,7 +331,7 @@ class S2FTModel(AdapterModel):
         choice = self._choice(config, shapes, squares or (Questions(shapes) if waits else self._weight_squares(layers)))
         slices = choice.slices()
         targets = {path for path in shapes if self._check_target_module_exists(config, path)}
-        if targets and not slices:
+        if targets and not slices and not config.target_parameters:
             raise TargetError(
                 describe(
                     "S2FTConfig",
@@ -315,6 +343,7 @@ class S2FTModel(AdapterModel):
             )
         trained = sum(each.index.numel() * shapes[path][each.axis == "out"] for path, each in slices.items())
         total = sum(shapes[path][0] * shapes[path][1] for path in targets)
+        self.trained_and_total = (trained, total)
         config.achieved_ratio = trained / total if total else None
         if waits:
             return {path: replace(each, provisional=True) for path, each in slices.items()}
