@@ -26,6 +26,11 @@ THIRD_PARTY_WARNINGS: list[tuple[str, str, str]] = [
         "bitsandbytes 0.50.2 has torch 2.13 script a function while it is imported",
         "ignore:`torch.jit.script:DeprecationWarning",
     ),
+    (
+        "2026-11-25",
+        "torch 2.13 makes an object of an autograd function itself when torch.compile traces one",
+        "ignore:<class 'torch.autograd.function.Function'> should not be instantiated:DeprecationWarning",
+    ),
 ]
 
 

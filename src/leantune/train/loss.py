@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,16 +33,14 @@ class Selection:
         target: ``(N,)`` the token each one predicts.
         row: ``(N,)`` the row each one is in.
         rows: rows in the batch; more than sequences where rows are packed.
-        sequences: sequences in the batch.
-        length: positions in a sequence.
+        labels: ``(sequences, length)`` the labels it was made of.
     """
 
     index: Tensor
     target: Tensor
     row: Tensor
     rows: int
-    sequences: int
-    length: int
+    labels: Tensor
 
     @classmethod
     def of(cls, labels: Tensor, documents: Tensor | None = None) -> Selection:
@@ -59,12 +56,20 @@ class Selection:
         row, rows = sequence, sequences
         if documents is not None:
             row, rows = documents[sequence, column + 1], int(documents.max()) + 1
-        return cls(sequence * length + column, labels[sequence, column + 1], row, rows, sequences, length)
+        return cls(sequence * length + column, labels[sequence, column + 1], row, rows, labels)
 
 
 def count_targets(labels: Tensor) -> Tensor:
     """How many tokens of ``labels`` carry loss."""
     return (labels[:, 1:] != IGNORED).sum()
+
+
+def count_items(task: str, labels: Tensor) -> Tensor:
+    """What the loss of a batch is a mean over: tokens that carry loss, or rows where a head answers once a row."""
+    if task == "causal-lm":
+        return count_targets(labels)
+    # A hidden token is predicted where it stands, not from the position before it.
+    return (labels != IGNORED).sum() if task == "masked-lm" else torch.tensor(len(labels), device=labels.device)
 
 
 @contextmanager
@@ -75,43 +80,48 @@ def selected_logits(model: nn.Module, selection: Selection) -> Iterator[None]:
         ModelError: the model's logits do not come from one pass of its output embedding over all positions.
     """
     head = output_embedding(model)
-    gather = _GATHERS.setdefault(head, _Gather())
-    gather.index, gather.wanted = selection.index, (selection.sequences, selection.length)
-    gather.passes, gather.refused = 0, None
-    handle = head.register_forward_pre_hook(gather.hook)
+    outer = vars(_GATHER).copy()
+    vars(_GATHER).update(head=head, index=selection.index, labels=selection.labels, passes=0, refused=None)
+    handle = head.register_forward_pre_hook(_gather)
     try:
         yield
     finally:
         handle.remove()
-        gather.index = None
-    if gather.refused is not None:
-        raise _not_selectable(model, f"its head is given {gather.refused}")
-    if gather.passes != 1:
-        raise _not_selectable(model, f"its head ran {gather.passes} times in a forward pass")
+        passes, refused = _GATHER.passes, _GATHER.refused
+        vars(_GATHER).update(outer)
+    if refused is not None:
+        raise _not_selectable(model, f"its head is given {refused}")
+    if passes != 1:
+        raise _not_selectable(model, f"its head ran {passes} times in a forward pass")
 
 
 class _Gather:
-    """The hook of one head. One object for all its batches: a compiled model would be compiled anew for each hook."""
+    """What is gathered now. One object for all batches and the hook reads it as a global: torch.compile takes what a
+    module's hook holds for constant, and would compile the model anew for every number of selected positions."""
 
     def __init__(self) -> None:
+        self.head: nn.Module | None = None
         self.index: Tensor | None = None
-        self.wanted = (0, 0)
-        self.refused: tuple[int, ...] | None = None
+        self.labels: Tensor | None = None
         self.passes = 0
-
-    def hook(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Replace the hidden states by those of the selection."""
-        del module
-        self.passes += 1
-        hidden, *rest = args
-        if self.index is None or tuple(hidden.shape[:2]) != self.wanted:
-            self.refused = tuple(hidden.shape)
-            return args
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return (flat.index_select(0, self.index.to(flat.device)).unsqueeze(0), *rest)
+        self.refused: tuple[int, ...] | None = None
 
 
-_GATHERS: WeakKeyDictionary[nn.Module, _Gather] = WeakKeyDictionary()
+_GATHER = _Gather()
+
+
+def _gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The hook of a head: the hidden states of the selection in place of all."""
+    if module is not _GATHER.head or _GATHER.index is None or _GATHER.labels is None:
+        return args
+    _GATHER.passes += 1
+    hidden, *rest = args
+    # Compared with a tensor's shape and not with numbers, which would be compiled in.
+    if hidden.shape[:2] != _GATHER.labels.shape:
+        _GATHER.refused = tuple(hidden.shape)
+        return args
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return (flat.index_select(0, _GATHER.index.to(flat.device)).unsqueeze(0), *rest)
 
 
 def output_embedding(model: nn.Module) -> nn.Module:
