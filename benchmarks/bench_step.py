@@ -13,6 +13,7 @@ above the loaded model, their ratio, and bytes that autograd keeps for the backw
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -44,7 +45,7 @@ def _status_bytes(field: str) -> int:
 class Worker:
     """One method in its own process, stepping when told to."""
 
-    def __init__(self, method: str, checkpointing: bool, batch: int, length: int) -> None:
+    def __init__(self, method: str, checkpointing: bool, batch: int, length: int, dtype: str = "float32") -> None:
         import torch
 
         from leantune.methods import get
@@ -52,7 +53,7 @@ class Worker:
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        model = load_base("smollm2-135m").model
+        model = load_base("smollm2-135m", dtype=dtype).model
         kind = get(method)
         model = kind.apply(model, kind.config(**ROWS[method]))
         if checkpointing:
@@ -70,10 +71,19 @@ class Worker:
         self.base_bytes = _status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
 
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """What the forward pass runs in."""
+        return contextlib.nullcontext()
+
+    def loss(self) -> Any:
+        """The loss of one forward pass."""
+        with self.autocast():
+            return self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+
     def step(self) -> dict[str, float]:
         """One optimizer step; CPU seconds and the loss."""
         began = time.process_time()
-        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+        loss = self.loss()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -94,7 +104,7 @@ class Worker:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
+            loss = self.loss()
         del loss
         return {"peak_bytes": peak, "saved_bytes": sum(kept.values()), "trained_parameters": self.trained}
 
@@ -108,12 +118,14 @@ class Worker:
 class Remote:
     """A worker seen from the outside."""
 
-    def __init__(self, method: str, checkpointing: bool, arguments: argparse.Namespace) -> None:
-        self.name = {"method": method, "checkpointing": checkpointing}
-        words = ["--worker", method, str(int(checkpointing)), str(arguments.batch), str(arguments.length)]
+    def __init__(
+        self, name: dict[str, Any], words: list[str], arguments: argparse.Namespace, script: str = __file__
+    ) -> None:
+        self.name = name
+        words = ["--worker", *words, str(arguments.batch), str(arguments.length)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__, *words],
+            [sys.executable, script, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -138,9 +150,26 @@ class Remote:
         return json.loads(self._read())  # type: ignore[no-any-return]
 
 
+def row_of(remote: Remote) -> dict[str, Any]:
+    """What a worker measured; it ends."""
+    seconds = [step["cpu_s"] for step in remote.steps]
+    row = (
+        remote.name
+        | remote.ask("memory")
+        | {"step_s": statistics.median(seconds), "step_s_min": min(seconds), "step_s_max": max(seconds)}
+        | {"losses": [step["loss"] for step in remote.steps]}
+    )
+    remote.process.terminate()
+    return row
+
+
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """All rows, interleaved."""
-    remotes = [Remote(method, ck, arguments) for ck in (False, True) for method in ROWS]
+    remotes = [
+        Remote({"method": method, "checkpointing": on}, [method, str(int(on))], arguments)
+        for on in (False, True)
+        for method in ROWS
+    ]
     for round_number in range(arguments.rounds + 1):
         for remote in remotes:
             answer = remote.ask("step")
@@ -148,16 +177,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             if round_number:
                 remote.steps.append(answer)
         print(f"round {round_number} of {arguments.rounds}", file=sys.stderr, flush=True)
-    rows = []
-    for remote in remotes:
-        seconds = [step["cpu_s"] for step in remote.steps]
-        rows.append(
-            remote.name
-            | remote.ask("memory")
-            | {"step_s": statistics.median(seconds), "step_s_min": min(seconds), "step_s_max": max(seconds)}
-            | {"losses": [step["loss"] for step in remote.steps]}
-        )
-        remote.process.terminate()
+    rows = [row_of(remote) for remote in remotes]
     peers = next(remote.steps for remote in remotes if remote.name == {"method": PEER, "checkpointing": False})
     peer_row = next(row for row in rows if row["method"] == PEER and not row["checkpointing"])
     for row, remote in zip(rows, remotes, strict=True):
