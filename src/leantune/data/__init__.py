@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from leantune.data.classification import encode_classification, encode_regression, find_label_names
 from leantune.data.encoding import NO_LOSS, Encoded, check_answers, encode, prompt_ids, prompt_text, text_ids
+from leantune.data.image import ImageCollator, encode_images
+from leantune.data.masking import MaskedTokens, encode_masked
 from leantune.data.packing import Packs
 from leantune.data.report import masked_text, summary
 from leantune.data.row import Row
@@ -24,6 +26,8 @@ __all__ = [
     "NO_LOSS",
     "Collator",
     "Encoded",
+    "ImageCollator",
+    "MaskedTokens",
     "PackCollator",
     "Packs",
     "Row",
@@ -32,6 +36,8 @@ __all__ = [
     "data_hash",
     "encode",
     "encode_classification",
+    "encode_images",
+    "encode_masked",
     "encode_regression",
     "find_label_names",
     "iter_rows",

@@ -44,7 +44,8 @@ def _name(label: Label | None) -> str:
     return str(int(label)) if isinstance(label, (int, float)) else str(label)
 
 
-def _class_number(row: Row, names: list[str], problems: Problems) -> int | None:
+def class_number(row: Row, names: list[str], problems: Problems) -> int | None:
+    """The place of a row's label among the names; None, with a problem noted, where it is none of them."""
     label = row.label
     name = _name(label)
     if name in names:
@@ -64,6 +65,9 @@ def _encode(
     for index, row in enumerate(rows):
         if row.text is None:
             problems.add(row.where, "no 'text'", "rows with 'text' and 'label'", "name another task, or mend the data")
+            continue
+        if row.label is None:
+            problems.add(row.where, "no label", "rows with 'text' and 'label'", "name another task, or mend the data")
             continue
         label = label_of(row, problems)
         if label is None:
@@ -107,7 +111,7 @@ def encode_classification(
         DataError: a row has no text, a label is not among the names, or the labels are no classes. Rows are named.
     """
     names = list(label_names) if label_names is not None else find_label_names(rows)
-    encoded = _encode(rows, tokenizer, max_length, lambda row, problems: _class_number(row, names, problems))
+    encoded = _encode(rows, tokenizer, max_length, lambda row, problems: class_number(row, names, problems))
     encoded.label_names = names
     return encoded
 

@@ -10,6 +10,7 @@ from leantune.core.errors import DataError, describe, did_you_mean
 from leantune.data import reader as readers
 from leantune.data.hub import HubId, parse_id
 from leantune.data.reader import Reader
+from leantune.data.reader.image_file import class_files
 
 # What the files of a split are called, in the order in which an evaluation asks for them.
 SPLITS = {
@@ -96,8 +97,19 @@ def split_of(path: Path) -> str | None:
     return next((split for split, words in SPLITS.items() if word in words), None)
 
 
+def _class_images(folder: Path, split: str) -> list[Path]:
+    """The images of a folder with a folder for each class, or with such a one for each split."""
+    parts = {split_of(entry): entry for entry in sorted(folder.iterdir()) if entry.is_dir()}
+    for name in (split,) if split == "train" else (split, "test"):
+        if name in parts and (found := class_files(parts[name])):
+            return found
+    return class_files(folder) if not set(parts) - {None} else []
+
+
 def _of_folder(folder: Path, reader: str | None, split: str) -> Location:
     files = _data_files(folder)
+    if not files and (images := _class_images(folder, split)):
+        return Location(str(folder), tuple(images), readers.find(images[0], "image-file"))
     if not files and (folder / "data").is_dir():
         # Where data sets of the Hub keep their files.
         files = _data_files(folder / "data")

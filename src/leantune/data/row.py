@@ -26,6 +26,7 @@ class Row:
         text: the text to classify or score; without a label, a text to learn as a whole.
         text_pair: the second text of a pair task.
         label: class name, class number, or (regression) a number.
+        image: a path, the bytes of an image file, or a dictionary of ``bytes`` and ``path``; unopened.
         references: further right answers beside ``completion``.
         extra: every other column of the file.
     """
@@ -37,6 +38,7 @@ class Row:
     text: str | None = None
     text_pair: str | None = None
     label: Label | None = None
+    image: Any = None
     references: list[str] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -49,7 +51,7 @@ class Row:
         """What the row asks, as a key: rows with the same one are the same question with perhaps another answer."""
         if self.messages is not None:
             return json.dumps(self.messages[: self.last_assistant()], sort_keys=True, default=str)
-        return json.dumps([self.prompt, self.text, self.text_pair])
+        return json.dumps([self.prompt, self.text, self.text_pair, *([str(self.image)] if self.image else [])])
 
     def last_assistant(self) -> int:
         """Position in ``messages`` of the last assistant turn.

@@ -12,10 +12,14 @@ from leantune.core.errors import ConfigError, DataError, describe, did_you_mean
 from leantune.data import (
     Collator,
     Encoded,
+    ImageCollator,
+    MaskedTokens,
     Row,
     check_answers,
     encode,
     encode_classification,
+    encode_images,
+    encode_masked,
     encode_regression,
     prompt_ids,
     prompt_text,
@@ -28,6 +32,9 @@ from leantune.evaluate.likelihood import Likelihood, likelihood
 from leantune.evaluate.prediction import predict
 from leantune.evaluate.reference import Input, group_references
 from leantune.evaluate.scores import Scores
+
+# Of the tokens that masked-lm hides: base and tuned model must be asked for the same ones.
+MASK_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ class _Request:
     label_names: list[str] | None
     progress: Progress | None
 
-    def collator(self) -> Collator:
+    def collator(self) -> Collator | ImageCollator:
+        if self.rows[0].image is not None:
+            return ImageCollator(self.tokenizer)
         # Padding is masked, so any id will do where a tokenizer has none for it.
         return Collator(self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0)
 
@@ -64,14 +73,16 @@ def _likelihood_statistics(scored: Likelihood, inputs: list[Input]) -> dict[str,
     sums = [[scored.row_nats[item.rows].sum(), scored.row_tokens[item.rows].sum()] for item in inputs]
     values = np.array(sums, dtype=np.float64)
 
-    def loss(totals: np.ndarray) -> np.ndarray:
-        return totals[..., 0] / totals[..., 1]
+    return {"loss": Additive(values, _nats_per_token), "perplexity": Additive(values, _perplexity)}
 
-    def perplexity(totals: np.ndarray) -> np.ndarray:
-        with np.errstate(over="ignore"):
-            return np.exp(loss(totals))
 
-    return {"loss": Additive(values, loss), "perplexity": Additive(values, perplexity)}
+def _nats_per_token(totals: np.ndarray) -> np.ndarray:
+    return totals[..., 0] / totals[..., 1]
+
+
+def _perplexity(totals: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return np.exp(_nats_per_token(totals))
 
 
 def _text_statistics(
@@ -126,7 +137,7 @@ def _mean(values: np.ndarray) -> Additive:
 
 
 def _label_scores(request: _Request, task: str, encoded: Encoded, statistics: dict[str, Statistic]) -> Scores:
-    inputs = [(row.text, row.text_pair, row.label) for row in request.rows]
+    inputs = [(row.text, row.text_pair, row.label, row.image) for row in request.rows]
     scores = Scores(task, {}, n=len(encoded), rows=len(encoded), truncated=encoded.truncated, inputs=inputs)
     scores.statistics = statistics
     return scores
@@ -136,6 +147,14 @@ def _classification(request: _Request) -> Scores:
     encoded = encode_classification(
         request.rows, request.tokenizer, max_length=request.max_length, label_names=request.label_names
     )
+    return _class_scores(request, "classification", encoded)
+
+
+def _images(request: _Request) -> Scores:
+    return _class_scores(request, "image-classification", encode_images(request.rows, label_names=request.label_names))
+
+
+def _class_scores(request: _Request, task: str, encoded: Encoded) -> Scores:
     outputs = predict(request.model, encoded, request.collator(), request.batch_size, progress=request.progress)
     true = np.array([example["labels"] for example in encoded])
     names = encoded.label_names or []
@@ -151,7 +170,7 @@ def _classification(request: _Request) -> Scores:
     top = outputs.max(axis=1)
     nats = top + np.log(np.exp(outputs - top[:, None]).sum(axis=1)) - outputs[np.arange(len(true)), true]
     statistics = {"cross_entropy": _mean(nats), **class_statistics(true, outputs.argmax(axis=1), len(names))}
-    scores = _label_scores(request, "classification", encoded, statistics)
+    scores = _label_scores(request, task, encoded, statistics)
     scores.settings["label_names"] = names
     return scores
 
@@ -164,10 +183,28 @@ def _regression(request: _Request) -> Scores:
     return _label_scores(request, "regression", encoded, statistics)
 
 
+def _masked_lm(request: _Request) -> Scores:
+    """The hidden tokens' loss under one choice of them, the same for every model."""
+    encoded = encode_masked(request.rows, request.tokenizer, max_length=request.max_length)
+    hidden = MaskedTokens(encoded, request.tokenizer, seed=MASK_SEED, fixed=True)
+    scored = likelihood(
+        request.model, hidden, request.collator(), request.batch_size, shift=False, progress=request.progress
+    )
+    inputs = [(row.text, row.text_pair) for row in request.rows]
+    scores = Scores("masked-lm", {}, n=len(encoded), rows=len(encoded), truncated=encoded.truncated, inputs=inputs)
+    sums = np.stack([scored.row_nats, scored.row_tokens], axis=1).astype(np.float64)
+    scores.statistics = {"loss": Additive(sums, _nats_per_token), "pseudo_perplexity": Additive(sums, _perplexity)}
+    scores.tokens = scored.tokens
+    scores.settings.update(mask_share=hidden.share, mask_seed=MASK_SEED)
+    return scores
+
+
 TASKS = {
     "causal-lm": _Task(("loss", "perplexity", "exact_match", "bleu", "chrf"), _causal_lm),
     "classification": _Task(("cross_entropy", "accuracy", "f1", "mcc"), _classification),
     "regression": _Task(("mse", "pearson", "spearman"), _regression),
+    "masked-lm": _Task(("loss", "pseudo_perplexity"), _masked_lm),
+    "image-classification": _Task(("cross_entropy", "accuracy", "f1", "mcc"), _images),
 }
 
 
@@ -215,7 +252,8 @@ def evaluate(
         model: the model, or a PeftModel over it. Its training flags are left as they were.
         tokenizer: its tokenizer.
         rows: rows of one layout.
-        task: ``causal-lm``, ``classification`` or ``regression``.
+        task: ``causal-lm``, ``classification``, ``regression``, ``masked-lm`` or ``image-classification``, for which
+            ``tokenizer`` is the image processor.
         max_new_tokens: most new tokens an input.
         batch_size: rows or prompts at once.
         max_length: cut rows to so many tokens for the likelihood or the head; None: as many as the model has positions.
@@ -236,6 +274,10 @@ def evaluate(
     chosen, wanted = _check(task, metrics, rows)
     if max_length is None:
         max_length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        longest = getattr(tokenizer, "model_max_length", None)
+        if max_length is not None and longest is not None:
+            # RoBERTa's first two positions belong to padding.
+            max_length = min(max_length, longest)
     request = _Request(
         model, tokenizer, rows, wanted, max_new_tokens, batch_size, max_length, stop, template, label_names, progress
     )

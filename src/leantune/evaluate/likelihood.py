@@ -72,15 +72,19 @@ def _only_positions(model: Any, selected: torch.Tensor) -> Iterator[list[bool]]:
         handle.remove()
 
 
-def _token_nats(model: Any, batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+def _token_nats(model: Any, batch: dict[str, Any], shift: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Nats of every token that carries loss, and the batch row each belongs to."""
-    labels = batch["labels"]
-    # The output at a position predicts the token after it.
-    selected = torch.zeros_like(labels, dtype=torch.bool)
-    selected[:, :-1] = labels[:, 1:] != NO_LOSS
-    targets = labels[:, 1:][selected[:, :-1]]
+    labels = batch.pop("labels")
+    selected = labels != NO_LOSS
+    targets = labels[selected]
+    if shift:
+        # The output at a position predicts the token after it.
+        selected = torch.zeros_like(labels, dtype=torch.bool)
+        selected[:, :-1] = labels[:, 1:] != NO_LOSS
+        targets = labels[:, 1:][selected[:, :-1]]
+        batch["use_cache"] = False
     with _only_positions(model, selected) as seen:
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        output = model(**batch)
     logits = output.logits[0] if seen else output.logits[selected]
     nats = [
         functional.cross_entropy(part if part.dtype == torch.float64 else part.float(), target, reduction="none")
@@ -95,15 +99,17 @@ def likelihood(
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]],
     batch_size: int = 16,
     *,
+    shift: bool = True,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Likelihood:
     """Score the tokens that carry loss; logits are formed at their positions alone.
 
     Args:
-        model: a causal language model or a PeftModel over one. Its training flags are left as they were.
+        model: a language model or a PeftModel over one. Its training flags are left as they were.
         examples: as :func:`leantune.data.encode` makes them.
         collator: joins examples to a batch of ``input_ids``, ``attention_mask`` and ``labels``, padded on the right.
         batch_size: examples at once; sorted by length, so that little is padded.
+        shift: a position predicts the token after it, as in a causal model; False: its own, as in a masked one.
         progress: called as ``progress("likelihood", done, total)`` after each batch, in examples.
 
     Raises:
@@ -116,8 +122,9 @@ def likelihood(
         for start in range(0, len(order), batch_size):
             chosen = np.array(order[start : start + batch_size])
             batch = collator([examples[index] for index in chosen])
-            names = ("input_ids", "attention_mask", "labels")
-            nats, rows = _token_nats(model, {name: batch[name].to(device) for name in names})
+            names = ("input_ids", "attention_mask", "labels", *(() if shift else ("token_type_ids",)))
+            given = {name: batch[name].to(device) for name in names if name in batch}
+            nats, rows = _token_nats(model, given, shift)
             places = chosen[rows.cpu().numpy()]
             np.add.at(row_nats, places, nats.double().cpu().numpy())
             np.add.at(row_tokens, places, 1)

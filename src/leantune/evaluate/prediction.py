@@ -27,7 +27,7 @@ def predict(
         batch_size: examples at once; sorted by length.
         progress: called as ``progress("predict", done, total)`` after each batch, in examples.
     """
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index]["input_ids"]))
+    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].get("input_ids", ())))
     found: dict[int, np.ndarray] = {}
     device = device_of(model)
     with evaluating(model):

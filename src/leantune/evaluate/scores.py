@@ -28,6 +28,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", "nats per token", False),
     "perplexity": Metric("perplexity", "", False),
+    "pseudo_perplexity": Metric("pseudo-perplexity", "", False),
     "exact_match": Metric("exact match", "%", True),
     "bleu": Metric("BLEU (sacrebleu)", "", True),
     "chrf": Metric("chrF2 (sacrebleu)", "", True),
@@ -46,7 +47,7 @@ class Scores:
     """Scores of one model on one data set.
 
     Attributes:
-        task: ``causal-lm``, ``classification`` or ``regression``.
+        task: as given to :func:`leantune.evaluate.evaluate`.
         metrics: name to value with 95% interval (bootstrap over distinct inputs).
         n: distinct inputs; rows with the same prompt are one.
         rows: rows.

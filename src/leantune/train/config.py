@@ -44,8 +44,8 @@ class RunConfig(BaseModel):
         default_factory=dict, description="Options of the method; `leantune methods NAME` lists them"
     )
     eval_data: Path | None = Field(None, description="Rows to measure the loss on; none means no evaluation")
-    task: Literal["causal-lm", "classification", "regression"] = Field(
-        "causal-lm", description="What to train: the language model itself, or a head on top of it"
+    task: Literal["causal-lm", "classification", "regression", "masked-lm", "image-classification"] = Field(
+        "causal-lm", description="What to train: the language model itself (causal or masked), or a head on top of it"
     )
     eval_share: float | None = Field(
         None, gt=0, lt=1, description="Share of the training rows to hold out and measure on, by a hash of the prompt"

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from typing_extensions import override
 
+from leantune.data import MaskedTokens
 from leantune.methods import TrainingPlan, of_config
 
 
@@ -24,6 +25,24 @@ class _AfterOptimizerStep(TrainerCallback):
     ) -> None:
         # The Trainer counts the step only after this event.
         self.call(state.global_step + 1)
+
+
+class MaskingEpoch(TrainerCallback):
+    """Tells a data set of masked texts which epoch begins, in every process and after a resume alike.
+
+    Args:
+        dataset: its ``set_epoch`` chooses the tokens to hide.
+    """
+
+    def __init__(self, dataset: MaskedTokens) -> None:
+        self.dataset = dataset
+
+    @override
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """An epoch begins, or goes on where a checkpoint left it."""
+        self.dataset.set_epoch(int(state.epoch or 0))
 
 
 def plan_of(model: nn.Module) -> TrainingPlan:

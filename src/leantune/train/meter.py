@@ -54,11 +54,14 @@ class Meter:
             documents = batch[DOCUMENTS]
             real, rows = documents >= 0, int(documents.max()) + 1
         else:
-            real, rows = batch["attention_mask"], batch["attention_mask"].shape[0]
+            # An image counts as one token.
+            real = batch.get("attention_mask", torch.ones_like(labels) if labels.dim() == 1 else None)
+            rows = len(labels)
         self.rows += rows
         self.cells += real.numel()
         self.tokens += int(real.sum())
         if labels.dim() > 1:
+            # The first token never carries loss, nor is it ever hidden.
             self.loss_tokens += int((labels[:, 1:] != IGNORED).sum())
 
     @property

@@ -131,7 +131,7 @@ def loss_facts(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Trained parameters, and all of the model's with them; tied ones count once, packed ones as what they stand for."""
+    """Trained parameters, and all of the model's; tied ones count once, packed ones as the numbers they stand for."""
     return {
         "trainable_parameters": sum(each.numel() for each in model.parameters() if each.requires_grad),
         "total_parameters": parameter_count(model),

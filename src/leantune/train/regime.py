@@ -44,8 +44,9 @@ def contradictions(config: RunConfig) -> list[str]:
                 "streaming", "no max_steps", "the number of steps, since the rows are not counted", "set max_steps"
             )
         )
-    if config.streaming and config.task == "classification":
-        got = "task classification, whose classes are known when all rows are read"
+    if config.streaming and config.task not in ("causal-lm", "regression"):
+        why = "tokens are hidden by row" if config.task == "masked-lm" else "classes are known when all rows are read"
+        got = f"task {config.task}, whose {why}"
         problems.append(describe("streaming", got, "causal-lm or regression", "drop streaming"))
     if config.precision == "bf16" and config.dtype in ("float16", "float64"):
         got = f"bf16 over {config.dtype} weights"

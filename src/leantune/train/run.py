@@ -23,6 +23,7 @@ from leantune.train.config import RunConfig
 from leantune.train.failure import told
 from leantune.train.folder import ADAPTER, CONFIG, MODEL, PICTURE
 from leantune.train.interrupt import Interrupt
+from leantune.train.lock import Lock
 from leantune.train.meter import reset_peak_memory
 from leantune.train.plot import draw_loss
 from leantune.train.progress import Report, clock
@@ -41,7 +42,7 @@ class Run:
         config: the settings of the result in it.
         summary: run.json; of a run that was killed, what is known of it.
         model: the trained model, after :func:`fit` or :meth:`load`.
-        tokenizer: that of the base model, likewise.
+        tokenizer: that of the base model (an image model's image processor), likewise.
         base: the base model, likewise.
     """
 
@@ -101,7 +102,7 @@ class Run:
             self.base = load_model(self.config, str(result), labels)
             self.model = self.base.model
         self.model.eval()
-        self.tokenizer = self.base.tokenizer
+        self.tokenizer = self.base.encoder
         template = run_folder.template_of(self.folder)
         if template is not None and not isinstance(self.tokenizer.chat_template, dict):
             # What it was trained with, whatever the base's tokenizer has by now.
@@ -150,12 +151,12 @@ def fit(config: RunConfig, *, progress: bool = True, resume: bool = False, resum
             is no longer finite, or the disk failed. An older result in the folder is then still there.
     """
     config = config.resolved()
-    with told(config.out):
+    with told(config.out), Lock(config.out) as lock:
         point = find(config, anyway=resume_anyway) if resume or resume_anyway else None
-        return _run(config, point, progress)
+        return _run(config, point, lock, progress)
 
 
-def _run(config: RunConfig, point: Resumption | None, progress: bool) -> Run:
+def _run(config: RunConfig, point: Resumption | None, lock: Lock, progress: bool) -> Run:
     began = time.perf_counter()
     reset_peak_memory()
     prepared = prepare(config, resume=point is not None)
@@ -164,6 +165,8 @@ def _run(config: RunConfig, point: Resumption | None, progress: bool) -> Run:
 
     is_main = distributed.is_main()
     report = Report(trainer.meter, config.log_steps, Console(stderr=True) if progress and is_main else None)
+    if is_main:
+        lock.take()
     if point is not None:
         _go_on(config, point, trainer, summary, report)
     elif is_main:
@@ -190,7 +193,7 @@ def _run(config: RunConfig, point: Resumption | None, progress: bool) -> Run:
         summary = run_folder.write_record(config.out, summary)
         draw_loss(read_metrics(config.out / METRICS), config.out / PICTURE, summaries.title(summary))
     distributed.wait_for_all()
-    run = Run(config.out, config, summary, model.eval(), base.tokenizer, base)
+    run = Run(config.out, config, summary, model.eval(), base.encoder, base)
     report.say(f"{status}: {summary['steps']:,} steps in {clock(summary['train_time_s'])}, saved in {run.result}")
     return run
 
@@ -232,9 +235,9 @@ def _save_result(
     """Write the adapter folder (or the whole model) in one step; an older one is there until then."""
     if config.chosen_method.is_adapter:
         adapters.save(
-            model, config.out / ADAPTER, base=base, tokenizer=base.tokenizer, card=card(summary), state_dict=state
+            model, config.out / ADAPTER, base=base, tokenizer=base.encoder, card=card(summary), state_dict=state
         )
         return
     with atomic.new_folder(config.out / MODEL) as temporary:
         model.save_pretrained(temporary, state_dict=state)
-        base.tokenizer.save_pretrained(temporary)
+        base.encoder.save_pretrained(temporary)

@@ -13,12 +13,16 @@ from leantune.core.errors import MethodError, describe
 from leantune.data import (
     Collator,
     Encoded,
+    ImageCollator,
+    MaskedTokens,
     PackCollator,
     Packs,
     Row,
     RowStream,
     encode,
     encode_classification,
+    encode_images,
+    encode_masked,
     encode_regression,
 )
 from leantune.methods import Method, TrainingPlan
@@ -27,7 +31,9 @@ from leantune.train import distributed
 from leantune.train.batching import stream
 from leantune.train.config import RunConfig
 from leantune.train.folder import CHECKPOINTS, check_vacant, kept_template
+from leantune.train.head import settle_head
 from leantune.train.isolation import packing_form
+from leantune.train.listener import MaskingEpoch
 from leantune.train.option import user_options
 from leantune.train.regime import check_plan
 from leantune.train.rows import Rows, read_data
@@ -35,6 +41,7 @@ from leantune.train.tracker import RunArguments, check_trackers, place_logs
 from leantune.train.trainer import LeanTrainer
 
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
+HEAD_TASKS = ("classification", "regression", "image-classification")
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -92,7 +99,7 @@ def prepare(config: RunConfig, *, checkpoints: Path | None = None, resume: bool 
     base = load_model(config, config.model, rows.label_names)
     if rows.template is not None:
         base.tokenizer.chat_template = rows.template
-    examples = encode_rows(config, rows, base.tokenizer)
+    examples = encode_rows(config, rows, base.encoder)
     model = apply_method(config, base)
     trainer = build_trainer(config, base, model, examples, checkpoints or config.out / CHECKPOINTS)
     return Prepared(base, examples, model, trainer)
@@ -118,6 +125,10 @@ def _encode(config: RunConfig, rows: list[Row], labels: list[str] | None, tokeni
         return encode_classification(rows, tokenizer, max_length=config.max_length, label_names=labels)
     if config.task == "regression":
         return encode_regression(rows, tokenizer, max_length=config.max_length)
+    if config.task == "masked-lm":
+        return encode_masked(rows, tokenizer, max_length=config.max_length)
+    if config.task == "image-classification":
+        return encode_images(rows, label_names=labels)
     return encode(rows, tokenizer, max_length=config.max_length)
 
 
@@ -149,13 +160,20 @@ def load_model(config: RunConfig, name: str, labels: list[str] | None) -> BaseMo
     return base
 
 
-def method_config(method: Method, config: RunConfig) -> Any:
-    """The method's own config object for a run: its options, the run's seed, the task."""
+def method_config(method: Method, config: RunConfig, base: BaseModel | None = None) -> Any:
+    """The method's own config object for a run: its options, the run's seed, the task, the head that trains whole.
+
+    Raises:
+        MethodError: the options make of the head a target of the adapter.
+    """
     options = dict(config.method_options)
     if "seed" in user_options(method.config):
         options.setdefault("seed", config.seed)
     if "task_type" in getattr(method.config, "__dataclass_fields__", {}):
-        options["task_type"] = _TASK_TYPES[config.task]
+        # PEFT has no task of its own for the others.
+        options["task_type"] = _TASK_TYPES.get(config.task)
+    if base is not None and config.task in HEAD_TASKS and method.is_adapter:
+        settle_head(options, base, method)
     return method.config(**options)
 
 
@@ -167,7 +185,7 @@ def apply_method(config: RunConfig, base: BaseModel) -> Any:
     """
     method = config.chosen_method
     try:
-        model = method.apply(base.model, method_config(method, config))
+        model = method.apply(base.model, method_config(method, config, base))
     except (ValueError, TypeError) as error:
         text = " ".join(str(error).split())
         do = f"see leantune methods {method.name} and leantune inspect model {base.name}"
@@ -191,10 +209,15 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
     """The trainer of a run; its checkpoints go into the folder given, which it makes."""
     plan = config.chosen_method.plan(model)
     check_plan(config, plan)
-    evaluation = None
+    evaluation: Any = None
     if examples.evaluation is not None:
         # The loss does not depend on their order, the padding does.
-        evaluation = sorted(examples.evaluation, key=lambda example: len(example["input_ids"]))
+        evaluation = sorted(examples.evaluation, key=lambda example: len(example.get("input_ids", ())))
+        if config.task == "masked-lm":
+            evaluation = MaskedTokens(evaluation, base.tokenizer, seed=config.seed, fixed=True)
+    training: Any = examples.packs if examples.packs is not None else examples.train
+    if config.task == "masked-lm":
+        training = MaskedTokens(training, base.tokenizer, seed=config.seed)
     trainer = LeanTrainer(
         model,
         plan=plan,
@@ -202,10 +225,12 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
         logits=config.logits,
         group_by_length=config.group_by_length,
         args=_arguments(config, checkpoints),
-        train_dataset=examples.packs if examples.packs is not None else examples.train,
+        train_dataset=training,
         eval_dataset=evaluation,
         data_collator=collator_of(config, base, plan),
     )
+    if isinstance(training, MaskedTokens):
+        trainer.add_callback(MaskingEpoch(training))
     if isinstance(trainer.data_collator, PackCollator):
         # Tried where the model now stands and as it will run: attention kernels differ by device and precision.
         with trainer.accelerator.autocast():
@@ -215,8 +240,10 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
     return trainer
 
 
-def collator_of(config: RunConfig, base: BaseModel, plan: TrainingPlan) -> Collator:
+def collator_of(config: RunConfig, base: BaseModel, plan: TrainingPlan) -> Collator | ImageCollator:
     """Batches (of packs, with packing) for this model, with the columns that the plan asks for."""
+    if config.task == "image-classification":
+        return ImageCollator(base.image_processor, plan.batch_columns)
     make = PackCollator if config.packing else Collator
     return make(base.tokenizer.pad_token_id, plan.batch_columns)
 
@@ -259,6 +286,8 @@ def _arguments(config: RunConfig, checkpoints: Path) -> RunArguments:
         # Every trained part gets a gradient in every backward, and the buffers are constants.
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
+        # Each process reads a stream itself and takes its share: joined in one process, batches would need one length.
+        accelerator_config={"dispatch_batches": False},
         dataloader_num_workers=0,
         dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from leantune.train.loss import count_targets
+from leantune.train.loss import count_items
 
 if TYPE_CHECKING:
     from leantune.train.trainer import LeanTrainer
@@ -29,14 +29,14 @@ def validate(trainer: LeanTrainer, dataloader: Any) -> tuple[dict[str, float], i
     model: Any = trainer.model
     was_training = model.training
     model.eval()
-    causal = trainer.task == "causal-lm"
+    of_tokens = trainer.task in ("causal-lm", "masked-lm")
     totals = torch.zeros(4, dtype=torch.float64)
     for batch, counts in _own_batches(trainer, dataloader):
         inputs = trainer._prepare_inputs(batch)
         loss, outputs = trainer.compute_loss(model, inputs, return_outputs=True)
         rows = inputs["labels"].shape[0]
-        items = int(count_targets(inputs["labels"])) if causal else rows
-        right = 0.0 if causal else _hits(trainer.task, outputs.logits, inputs["labels"])
+        items = int(count_items(trainer.task, inputs["labels"]))
+        right = 0.0 if of_tokens else _hits(trainer.task, outputs.logits, inputs["labels"])
         if counts:
             totals += torch.tensor([float(loss) * items, items, rows, right], dtype=torch.float64)
     model.train(was_training)
@@ -45,10 +45,10 @@ def validate(trainer: LeanTrainer, dataloader: Any) -> tuple[dict[str, float], i
     loss_sum, items, rows, right = totals.tolist()
     mean = loss_sum / max(items, 1)
     metrics = {"loss": mean}
-    if causal:
+    if of_tokens:
         metrics |= {"perplexity": math.exp(min(mean, 700.0)), "tokens": int(items)}
     else:
-        metrics |= {"accuracy" if trainer.task == "classification" else "mean_absolute_error": right / max(rows, 1)}
+        metrics |= {"mean_absolute_error" if trainer.task == "regression" else "accuracy": right / max(rows, 1)}
     return metrics, int(rows)
 
 
@@ -74,6 +74,6 @@ def _own_batches(trainer: LeanTrainer, dataloader: Any) -> Iterator[tuple[dict[s
 
 def _hits(task: str, logits: torch.Tensor, labels: torch.Tensor) -> float:
     """Rows whose class is right, or the sum of the absolute errors."""
-    if task == "classification":
+    if task != "regression":
         return float((logits.argmax(-1) == labels).sum())
     return float((logits.squeeze(-1).float() - labels.float()).abs().sum())

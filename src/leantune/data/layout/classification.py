@@ -40,7 +40,8 @@ def _spelled_out(text: str) -> Any:
         return text
 
 
-def _label(record: Record, problems: Problems) -> Label | None:
+def label_of(record: Record, problems: Problems) -> Label | None:
+    """A record's label: a name, or a number where the file spells one."""
     value, name = record.columns.get("label"), record.name_of("label")
     if record.is_text and isinstance(value, str):
         value = _spelled_out(value)
@@ -61,7 +62,7 @@ def parse(record: Record, problems: Problems) -> Row | None:
     pair = record.columns.get("text_pair")
     name = record.name_of("text_pair")
     pair_is_good = pair is None or check_text(pair, record.where, name, problems) is not None
-    label = _label(record, problems)
+    label = label_of(record, problems)
     if text is None or label is None or not pair_is_good:
         return None
     extra = extra_of(record, ("text", "text_pair", "label"))
