@@ -186,6 +186,13 @@ def test_inspect_model_lists_the_modules(tiny: Path, leantune: Command) -> None:
     assert code == 0
     assert "LlamaForCausalLM" in out
     assert "down_proj" in out
+    assert "by name" in out
+    code, out, _ = leantune("inspect", "model", tiny, "--json")
+    attention, ffn, head = json.loads(out)["structures"]
+    assert (attention["kind"], ffn["kind"], head["kind"]) == ("attention", "ffn", "plain")
+    assert attention["block"] == ffn["block"] == "model.layers.*"
+    assert [each["found"] for each in (attention, ffn, head)] == ["by name", "by name", "not coupled"]
+    assert any(part.startswith("down model.layers.*.mlp.down_proj: ") for part in ffn["parts"])
 
 
 def test_inspect_needs_a_kind(leantune: Command) -> None:

@@ -100,17 +100,34 @@ def model(
     name: Annotated[str, typer.Argument(help="A Hub id, a folder, a GGUF file, or smollm2-135m.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Sizes of a model, and its target modules.
+    """Sizes of a model, its target modules, and which of them are coupled.
 
-    Architecture, dimensions, and the modules that a method can change. No weights are loaded.
+    Architecture, dimensions, the modules that a method can change, and the structures (heads, channels) that run
+    through several of them, found by name or by a trace. No weights are loaded.
     """
-    from leantune.models import facts
+    from leantune.methods._discovery import structure_report
+    from leantune.models import bare_model, facts
 
-    found = facts(name)
+    found, structures = facts(name), structure_report(bare_model(name))
     if as_json:
-        typer.echo(json.dumps(found, indent=2, default=str))
+        typer.echo(json.dumps({**found, "structures": structures}, indent=2, default=str))
     else:
         _print_facts(found)
+        _print_structures(structures)
+
+
+def _print_structures(structures: list[dict[str, Any]]) -> None:
+    """A line for each kind of structure, and one for each of its parts."""
+    out = console()
+    for each in structures:
+        times = f" x {each['count']}" if each["count"] > 1 else ""
+        groups = f", {each['choices']:,} where key or value train" if each["choices"] != each["units"] else ""
+        order = "" if each["permutable"] else ", in this order only"
+        unit = {"attention": "heads", "ffn": "channels"}.get(each["kind"], "columns")
+        words = f"  {each['kind']}, {each['found']}: {each['units']:,} {unit}{groups}{order}"
+        out.print(Text.assemble((each["block"] + times, "cyan"), words), soft_wrap=True)
+        for part in each["parts"] if each["kind"] != "plain" else ():
+            out.print(Text(f"    {part}", style="dim"), soft_wrap=True)
 
 
 def _grouped(modules: dict[str, Any]) -> list[dict[str, Any]]:
