@@ -119,10 +119,12 @@ def test_columns_of_no_layout() -> None:
         assert layouts.detect(columns) == []
 
 
-def test_the_order_of_detection_is_the_documented_one() -> None:
-    assert layouts.names() == ["messages", "sharegpt", "alpaca", "prompt-completion", "classification", "text"]
+def test_every_layout_is_documented_in_the_order_of_detection() -> None:
+    names = layouts.names()
+    ours = ["messages", "sharegpt", "alpaca", "prompt-completion", "classification", "text"]
+    assert [name for name in names if name in ours] == ours
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    places = [page.index(f"| `{name}` |") for name in layouts.names()]
+    places = [page.index(f"| `{name}` |") for name in names]
     assert places == sorted(places)
 
 

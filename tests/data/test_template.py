@@ -116,6 +116,18 @@ def test_roles_and_ends_are_counted(name: str) -> None:
     assert ends(encoded, tokenizer)["without"] == 0
 
 
+def test_an_answer_that_is_cut_is_still_the_assistants() -> None:
+    tokenizer = tokenizer_of("chatml")
+    whole = encode([talk(*TALK)], tokenizer, max_length=None)
+    cut = encode([talk(*TALK)], tokenizer, max_length=whole.lengths[0] - 3)
+    assert ends(cut, tokenizer)["without"] == 1
+    every, kept = (roles(each, [talk(*TALK)], tokenizer) for each in (whole, cut))
+    # What is gone: the line break, the end of the turn, and the last token of what was said.
+    assert every["assistant"]["tokens"] - kept["assistant"]["tokens"] == 1
+    assert every["template"]["tokens"] - kept["template"]["tokens"] == 2
+    assert kept["assistant"]["tokens"] == kept["assistant"]["loss_tokens"]
+
+
 def test_reasoning_of_the_last_turn_is_learned() -> None:
     tokenizer = tokenizer_of("qwen3")
     thought = "<think>\nb\n</think>\n\nc"

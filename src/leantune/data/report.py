@@ -14,8 +14,6 @@ from leantune.data.encoding import NO_LOSS, Encoded, special_ids
 from leantune.data.row import Row
 
 _BINS = 12
-# So many signs alike are the same text, not two that begin alike.
-_CERTAIN = 12
 _QUANTILES = {"min": 0.0, "median": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -122,7 +120,8 @@ def roles(encoded: Encoded, rows: Sequence[Row], tokenizer: Any) -> dict[str, di
             count("prompt", flags[:start])
             count("completion", flags[start:])
         else:
-            for role, first, last in _said(row, example["input_ids"], tokenizer):
+            is_cut = len(example["input_ids"]) == encoded.max_length
+            for role, first, last in _said(row, example["input_ids"], tokenizer, is_cut):
                 count(role, flags[first:last])
     order = ["system", "developer", "tool", "user", "assistant", TEMPLATE]
     return dict(sorted(found.items(), key=lambda item: order.index(item[0]) if item[0] in order else -1))
@@ -136,7 +135,7 @@ def _is_alpaca_prompt(row: Row, tokenizer: Any, example: dict[str, Any]) -> bool
     return row.prompt.strip()[:200] in shown
 
 
-def _said(row: Row, ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int, int]]:
+def _said(row: Row, ids: list[int], tokenizer: Any, is_cut: bool) -> Iterator[tuple[str, int, int]]:
     """Stretches of tokens, each with the role whose message they are of, or "template"."""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     end_of, every = _token_ends(ids, text, tokenizer), range(len(ids))
@@ -146,7 +145,7 @@ def _said(row: Row, ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int, 
         found = text.find(content, place) if content else -1
         if found < 0:
             # Cut off, or written otherwise by the template.
-            found = _cut_off(content, text, place)
+            found = _cut_off(content, text, place) if is_cut else -1
             if found < 0:
                 continue
         place = min(found + len(content), len(text))
@@ -162,8 +161,9 @@ def _said(row: Row, ids: list[int], tokenizer: Any) -> Iterator[tuple[str, int, 
 
 def _cut_off(content: str, text: str, place: int) -> int:
     """Where a content begins that the end of the text cuts off; -1 where none does."""
-    found = text.find(content[:_CERTAIN], place) if content else -1
-    return found if found >= 0 and content.startswith(text[found:]) else -1
+    longest = min(len(content) - 1, len(text) - place)
+    kept = next((count for count in range(longest, 0, -1) if text.endswith(content[:count])), 0)
+    return len(text) - kept if kept else -1
 
 
 def _token_ends(ids: list[int], text: str, tokenizer: Any) -> Callable[[int], int]:
