@@ -17,6 +17,7 @@ _PUBLIC = {
     "merge": "leantune.adapters.merging",
     "merge_run": "leantune.adapters.export",
     "Parity": "leantune.adapters.parity",
+    "pull": "leantune.adapters.hub",
     "save": "leantune.adapters.folder",
 }
 

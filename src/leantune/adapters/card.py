@@ -12,7 +12,8 @@ def render(facts: dict[str, Any], card: dict[str, Any] | None = None) -> str:
     Args:
         facts: the folder's record (``leantune.json``); see :func:`leantune.adapters.folder.describe_adapter`.
         card: what the caller adds: ``title``, ``description`` (Markdown), ``license``, ``language``, ``datasets``,
-            ``tags``, ``sections`` (heading -> Markdown text, or a dictionary that becomes a table).
+            ``tags``, ``model_index`` (the Hub's table of results),
+            ``sections`` (heading -> Markdown text, or a dictionary that becomes a table).
     """
     card = card or {}
     lines = [_front_matter(facts, card), "", f"# {card.get('title') or _title(facts)}", ""]
@@ -45,6 +46,8 @@ def _front_matter(facts: dict[str, Any], card: dict[str, Any]) -> str:
         if card.get(name):
             fields[name] = card[name]
     fields["tags"] = list(dict.fromkeys(tags))
+    if card.get("model_index"):
+        fields["model-index"] = card["model_index"]
     # JSON is YAML: every value is quoted safely without a YAML library.
     body = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
     return f"---\n{body}\n---"

@@ -41,6 +41,7 @@ def export_run(
     dtype: str | None = None,
     base: BaseModel | str | None = None,
     overwrite: bool = False,
+    note: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Export a run's adapter and prove that stock PEFT gives the same answers with it.
@@ -55,6 +56,7 @@ def export_run(
         dtype: see :func:`leantune.convert_to_lora`.
         base: the base model, where the record does not tell.
         overwrite: replace a non-empty ``out_dir``.
+        note: add the numbers to run.json.
         progress: told what happens, in words.
 
     Returns:
@@ -69,7 +71,7 @@ def export_run(
     target = Path(out_dir)
     converting.refuse_occupied(target, overwrite)
     say = progress or (lambda _: None)
-    source = _adapter_of(run)
+    source = adapter_of(run)
     say("loading the trained model")
     base_model, model = _open(source, base)
     facts = adapter_folder.describe_adapter(model, "default", base_model)
@@ -96,7 +98,8 @@ def export_run(
             "conversion": {**conversion.to_dict(), "folder": str(target)},
             "parity": measured.to_dict(),
         }
-        _note(source, result)
+        if note:
+            _note(source, result)
         measured.require(f"LoRA export of {source}")
     return result
 
@@ -138,7 +141,7 @@ def merge_run(
     if onto not in ONTO:
         raise AdapterError(describe("onto", repr(onto), did_you_mean(onto, ONTO), "choose one"))
     say = progress or (lambda _: None)
-    source = _adapter_of(run)
+    source = adapter_of(run)
     say("loading the trained model")
     base_model, model = _open(source, base)
     tokenizer = base_model.tokenizer
@@ -159,7 +162,12 @@ def merge_run(
     return result
 
 
-def _adapter_of(run: str | Path) -> Path:
+def adapter_of(run: str | Path) -> Path:
+    """The adapter folder of a run, an adapter folder itself, or one on the Hub.
+
+    Raises:
+        AdapterError: there is none, or the run trained the whole model.
+    """
     path = Path(run)
     if not (path / "adapter").exists() and (path / "model" / "config.json").is_file():
         raise AdapterError(

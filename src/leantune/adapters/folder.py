@@ -331,4 +331,6 @@ def _download(hub_id: str) -> Path:
         ) from error
     if not (path / verification.CONFIG_NAME).is_file():
         raise AdapterError(describe(hub_id, f"has no {verification.CONFIG_NAME}", "an adapter", "check the Hub id"))
-    return path
+    # Beside a plain LoRA for everyone, a push of ours has the adapter as it was trained.
+    native = path / "native"
+    return native if (native / verification.CONFIG_NAME).is_file() else path

@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("leantune.cli.eval", "Score base and trained model side by side."),
     "merge": ("leantune.cli.merge", "Write the adapter into its base, and prove it the same."),
     "export": ("leantune.cli.export", "Write the adapter as plain LoRA, and prove it the same."),
+    "push": ("leantune.cli.push", "Upload a run's adapter to the Hugging Face Hub."),
+    "pull": ("leantune.cli.pull", "Fetch an adapter from the Hugging Face Hub into a run folder."),
     "inspect": ("leantune.cli.inspect", "Look into a data file, an adapter or a model."),
     "methods": ("leantune.cli.methods", "List the methods, or the options of one of them."),
     "doctor": ("leantune.cli.doctor", "Say what is installed, what is missing, and how to mend it."),

@@ -21,6 +21,8 @@ from leantune.cli.terminal import enable_editing, is_interactive, read_entry
 from leantune.core.errors import ConfigError, LeantuneError, describe, did_you_mean
 
 _WIDE = 80  # columns of a terminal in which two answers fit beside each other
+# Formats of rows that become messages where the tokenizer has a chat template.
+_CONVERSATIONS = ("messages", "sharegpt", "alpaca")
 _HELP = """\
 /base             what the base says to the last question, beside the tuned model's answer
 /base on|off      both models answer every question, or the tuned one alone
@@ -126,6 +128,7 @@ def _open(name: str) -> Voices:
 def _open_run(folder: Path) -> Voices:
     from leantune.cli.comparison import base_of
     from leantune.train import Run
+    from leantune.train.folder import template_of
 
     run = Run.open(folder)
     if run.config.task != "causal-lm":
@@ -133,9 +136,14 @@ def _open_run(folder: Path) -> Voices:
         raise ConfigError(describe(str(folder), got, "a language model", do))
     say(f"loading {run.config.model} and {run.result}")
     run.load()
-    voices = Voices(str(folder), run.model, run.tokenizer, lambda: base_of(run), template=_template_of(run.result))
-    voices.trained_on_messages = _trained_on_messages(run.config)
-    return voices
+    return Voices(
+        str(folder),
+        run.model,
+        run.tokenizer,
+        lambda: base_of(run),
+        _trained_on_messages(run.summary),
+        template_of(folder),
+    )
 
 
 def _template_of(folder: Path) -> str | None:
@@ -143,15 +151,10 @@ def _template_of(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def _trained_on_messages(config: Any) -> bool | None:
-    """Whether the rows of a run were conversations; None when they cannot be read any more."""
-    from leantune.data import read_rows
-
-    try:
-        rows = read_rows(config.data, format=config.format, limit=1)
-    except (LeantuneError, OSError):
-        return None
-    return bool(rows) and rows[0].messages is not None
+def _trained_on_messages(summary: dict[str, Any]) -> bool | None:
+    """Whether the rows of a run were conversations, or can be asked as such; None when its record does not tell."""
+    form = ((summary.get("data") or {}).get("source") or {}).get("format")
+    return None if form is None else form in _CONVERSATIONS
 
 
 def _conversation(voices: Voices, mode: str) -> Conversation:

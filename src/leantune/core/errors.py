@@ -42,6 +42,10 @@ class MethodError(LeantuneError):
     """A method is unknown, or refuses what it was asked to do."""
 
 
+class HubError(LeantuneError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+
 class RunError(LeantuneError):
     """A run folder is missing, occupied, incomplete or torn."""
 
