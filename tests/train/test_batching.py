@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,23 @@ def test_a_resumed_stream_goes_on_at_its_row(config: dict[str, Any], packing: bo
         assert torch.equal(each, expected[name]), name
     losses = [line["loss"] for line in prepared.trainer.state.log_history if "loss" in line]
     assert len(set(losses)) == 6, "rows that repeat would not tell a wrong place"
+
+
+def test_two_processes_share_the_rows_of_a_stream(config: dict[str, Any]) -> None:
+    from accelerate.data_loader import prepare_data_loader
+
+    trainer = prepare(RunConfig(**config, streaming=True, shuffle_buffer=5)).trainer
+    assert trainer.accelerator.dataloader_config.dispatch_batches is False
+
+    def rows(index: int, processes: int, batches: int) -> list[list[int]]:
+        loader = torch.utils.data.DataLoader(trainer.train_dataset, batch_size=2, collate_fn=list)
+        shard = prepare_data_loader(
+            loader, num_processes=processes, process_index=index, put_on_device=False, dispatch_batches=False
+        )
+        return [[row["row"] for row in batch] for batch in islice(shard, batches)]
+
+    alone, first, second = rows(0, 1, 8), rows(0, 2, 4), rows(1, 2, 4)
+    assert [batch for pair in zip(first, second, strict=True) for batch in pair] == alone
 
 
 def test_a_bad_row_stops_a_stream_by_name_and_keeps_what_was_trained(config: dict[str, Any], tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_autocast_is_off_by_the_roundings_of_its_products() -> None:
     exact = gradient(truth)
     model = copy.deepcopy(truth).float()
     rough = gradient(model, autocast=True)
-    assert_close(rough, exact, torch.bfloat16, k=2, depth=PRODUCTS, what="gradient under autocast")
+    assert_close(rough, exact, torch.bfloat16, k=1, depth=PRODUCTS, what="gradient under autocast")
     assert_close(gradient(model), exact, torch.float32, k=8, depth=PRODUCTS, what="gradient in float32")
     error = float((rough.double() - exact).norm() / exact.norm())
     assert error > torch.finfo(torch.bfloat16).eps / 8, "it did compute in bfloat16"
@@ -216,7 +216,7 @@ def test_bfloat16_weights_beside_float32_slices_are_off_by_as_much() -> None:
     # The truth is that of the rounded weights.
     model = adapted(torch.bfloat16)
     exact = gradient(copy.deepcopy(model).double())
-    assert_close(gradient(model), exact, torch.bfloat16, k=2, depth=PRODUCTS, what="gradient")
+    assert_close(gradient(model), exact, torch.bfloat16, k=1, depth=PRODUCTS, what="gradient")
 
 
 # Compilation
