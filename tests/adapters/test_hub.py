@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,14 +15,15 @@ import numpy
 import pytest
 import torch
 import yaml
-from adapter_models import PROMPTS, answers
+from adapter_models import PROMPTS, TARGETS, answers, fill
 from hub_fixture import FolderHub, http_error
 from huggingface_hub import ModelCard, errors
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import leantune
+from leantune import S2FTConfig
 from leantune.adapters import folder as adapter_folder
 from leantune.adapters import hub, parity, probe, publication
 from leantune.core.errors import AdapterError, HubError
@@ -31,40 +33,60 @@ Maker = Callable[..., Any]
 REPO = "someone/facts-s2ft"
 
 
-@pytest.fixture
-def run(s2ft: Maker, base_folders: dict[str, Path], tmp_path: Path) -> Path:
-    """A run folder as training leaves it."""
+def ask_here(exported: parity.Exported, ids: Any, native: Any, scratch: Path, new_tokens: int, stop: list[int]) -> Any:
+    """The LoRA form through stock PEFT in this process instead of another one, which takes seconds."""
+    model = AutoModelForCausalLM.from_pretrained(exported.model).eval()
+    model = PeftModel.from_pretrained(model, exported.adapter).eval()
+    for number, prompt in enumerate(ids):
+        numpy.save(scratch / f"{number}.npy", probe.logits_of(model, prompt).numpy())
+    return [probe.greedy(model, prompt, new_tokens, stop)[0] for prompt in ids]
+
+
+@pytest.fixture(scope="module")
+def made(base_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``run``: a run folder as training leaves it; ``built``: what a push of it uploads."""
+    place = tmp_path_factory.mktemp("made")
     base = load_base(str(base_folders["llama"]))
-    folder = tmp_path / "run"
     base.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    adapter_folder.save(s2ft(), folder / "adapter", base=base, tokenizer=base.tokenizer)
+    options = {"target_modules": TARGETS["llama"], "heads": 1, "channels": 3, "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base.model, S2FTConfig(**options))
+    fill(model)
+    folder = place / "run"
+    adapter_folder.save(model.eval(), folder / "adapter", base=base, tokenizer=base.tokenizer)
     score = {"title": "BLEU (sacrebleu)", "value": 41.5, "low": 40.0, "high": 43.0}
     scores = {"task": "causal-lm", "metrics": {"bleu": score, "perplexity": {"title": "perplexity", "value": None}}}
     summary = {
         "status": "complete",
         "base": {"name": base.name},
-        "data": {"path": str(tmp_path / "rows.jsonl"), "source": {"format": "prompt-completion"}},
-        "config": {"model": base.name, "data": str(tmp_path / "rows.jsonl"), "out": str(folder), "method": "s2ft"},
+        "data": {"path": str(place / "rows.jsonl"), "source": {"format": "prompt-completion"}},
+        "config": {"model": base.name, "data": str(place / "rows.jsonl"), "out": str(folder), "method": "s2ft"},
         "environment": {"versions": {"torch": "2"}, "python": "3.11", "platform": "a machine of mine"},
-        "exports": [{"folder": str(tmp_path / "lora")}],
-        "evaluation": {"files": {str(tmp_path / "test.jsonl"): {"hash": "sha256:12", "tuned": scores}}},
+        "exports": [{"folder": str(place / "lora")}],
+        "evaluation": {"files": {str(place / "test.jsonl"): {"hash": "sha256:12", "tuned": scores}}},
     }
     (folder / "run.json").write_text(json.dumps(summary))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parity, "_ask_elsewhere", ask_here)
+        publication.prepare(folder, REPO, place / "built", card={"license": "apache-2.0", "datasets": ["owner/rows"]})
+    return place
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load the LoRA form by stock PEFT here instead of in another process, which takes seconds."""
+    """No other process."""
+    monkeypatch.setattr(parity, "_ask_elsewhere", ask_here)
 
-    def ask(exported: parity.Exported, ids: Any, native: Any, scratch: Path, new_tokens: int, stop: list[int]) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(exported.model).eval()
-        model = PeftModel.from_pretrained(model, exported.adapter).eval()
-        for number, prompt in enumerate(ids):
-            numpy.save(scratch / f"{number}.npy", probe.logits_of(model, prompt).numpy())
-        return [probe.greedy(model, prompt, new_tokens, stop)[0] for prompt in ids]
 
-    monkeypatch.setattr(parity, "_ask_elsewhere", ask)
+@pytest.fixture
+def run(made: Path) -> Path:
+    """The run folder; a push leaves it as it is."""
+    return made / "run"
+
+
+@pytest.fixture
+def built(made: Path, tmp_path: Path) -> Path:
+    """What a push uploads."""
+    return Path(shutil.copytree(made / "built", tmp_path / "built"))
 
 
 @pytest.fixture
@@ -76,10 +98,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderHub:
 
 
 @pytest.fixture
-def pushed(run: Path, fake: FolderHub, tmp_path: Path) -> Path:
+def pushed(built: Path, fake: FolderHub) -> Path:
     """A repository after a push."""
-    publication.prepare(run, REPO, tmp_path / "built", card={"license": "apache-2.0", "datasets": ["owner/rows"]})
-    hub.push(tmp_path / "built", REPO)
+    hub.push(built, REPO)
     return fake.repository(REPO)
 
 
@@ -105,14 +126,14 @@ def test_the_folder_has_plain_lora_at_its_root_and_the_native_adapter_below(push
     assert set(record["files"]) == files - {"leantune.json"}
 
 
-def test_nothing_of_the_machine_is_in_it(pushed: Path, run: Path, tmp_path: Path) -> None:
+def test_nothing_of_the_machine_is_in_it(pushed: Path, run: Path, made: Path) -> None:
     for path in pushed.rglob("*"):
         if path.is_file():
             text = path.read_bytes().decode("latin-1")
-            assert str(tmp_path) not in text, path
-            assert "/tmp" not in text, path
+            assert str(made) not in text, path
+            assert str(made.parent) not in text, path
             assert "a machine of mine" not in text, path
-    assert "exports" in json.loads((run / "run.json").read_text())
+    # Building it leaves no trace in the run either.
     assert len(json.loads((run / "run.json").read_text())["exports"]) == 1
 
 
@@ -274,12 +295,11 @@ def test_a_second_push_replaces_the_first(pushed: Path, fake: FolderHub, tmp_pat
     assert (pushed / "LICENSE").exists()
 
 
-def test_private_branch_and_pull_request(run: Path, fake: FolderHub, tmp_path: Path) -> None:
-    publication.prepare(run, REPO, tmp_path / "built")
-    hub.push(tmp_path / "built", REPO, private=True, revision="v2")
+def test_private_branch_and_pull_request(built: Path, fake: FolderHub, tmp_path: Path) -> None:
+    hub.push(built, REPO, private=True, revision="v2")
     assert fake.private == {REPO}
     assert (fake.repository(REPO, "v2") / "adapter_config.json").is_file()
-    assert hub.push(tmp_path / "built", REPO, create_pr=True).endswith("/discussions/1")
+    assert hub.push(built, REPO, create_pr=True).endswith("/discussions/1")
     hub.pull(REPO, tmp_path / "pulled", revision="v2")
     with pytest.raises(HubError, match="no revision 'v3'"):
         hub.pull(REPO, tmp_path / "other", revision="v3")
