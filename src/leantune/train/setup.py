@@ -288,8 +288,6 @@ def _arguments(config: RunConfig, checkpoints: Path) -> RunArguments:
         ddp_broadcast_buffers=False,
         # Each process reads a stream itself and takes its share: joined in one process, batches would need one length.
         accelerator_config={"dispatch_batches": False},
-        # Each process reads a stream itself and takes its share: joined in one process, batches would need one length.
-        accelerator_config={"dispatch_batches": False},
         dataloader_num_workers=0,
         dataloader_pin_memory=config.device != "cpu" and torch.cuda.is_available(),
     )
