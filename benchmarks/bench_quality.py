@@ -1,6 +1,6 @@
 """S2FT against LoRA on E2E NLG: BLEU at equal steps and equal trained parameters, each at its own tuned rate.
 
-    python benchmarks/bench_quality.py [--seeds 3] [--steps 60] [--json benchmarks/results/bench_quality.json]
+    python benchmarks/bench_quality.py [--seeds 3] [--steps 120] [--json benchmarks/results/bench_quality.json]
     python benchmarks/bench_quality.py --only lora      # its cells alone, e.g. beside another process for s2ft
 
 1. Tune: every method runs two thirds of the steps with log-spaced learning rates (factor 2), seed 0; the lowest loss
@@ -33,11 +33,11 @@ TEST_INPUTS = 100
 METHODS: dict[str, dict[str, Any]] = {
     "s2ft": {
         "options": {"target_modules": ["o_proj", "down_proj"], "heads": 1, "channels": 77},
-        "rates": [1e-3, 2e-3, 4e-3],
+        "rates": [2e-3, 4e-3, 8e-3],
     },
     "lora": {
         "options": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "all-linear"},
-        "rates": [5e-4, 1e-3, 2e-3],
+        "rates": [1e-3, 2e-3, 4e-3],
     },
 }
 
@@ -176,7 +176,7 @@ def main() -> None:
     """Run the benchmark, or one cell of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of 8 rows")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of 8 rows")
     parser.add_argument("--only", choices=sorted(METHODS), help="run the cells of one method and stop")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "bench_quality.json")
     parser.add_argument("--cells", type=Path, default=ROOT / "build" / "bench_quality", help="folder of finished cells")
