@@ -183,8 +183,13 @@ def _vit() -> PreTrainedModel:
     return ViTForImageClassification(config)
 
 
+CHANNELS = 16
+"""Of an expert: torch's grouped product wants rows of a multiple of 16 bytes."""
+
+
 def _mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(MixtralConfig(**_DECODER, num_local_experts=4, num_experts_per_tok=2))
+    settings = {**_DECODER, "intermediate_size": CHANNELS}
+    return MixtralForCausalLM(MixtralConfig(**settings, num_local_experts=4, num_experts_per_tok=2))
 
 
 def _qwen2_moe() -> PreTrainedModel:
@@ -194,7 +199,7 @@ def _qwen2_moe() -> PreTrainedModel:
             **_DECODER,
             num_experts=6,
             num_experts_per_tok=2,
-            moe_intermediate_size=10,
+            moe_intermediate_size=8,
             shared_expert_intermediate_size=12,
         )
     )
@@ -202,8 +207,8 @@ def _qwen2_moe() -> PreTrainedModel:
 
 def _gpt_oss() -> PreTrainedModel:
     # Transposed weights, gate and up rows interleaved, biases, a clamped gate.
-    settings = {**_DECODER, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 4}
-    return GptOssForCausalLM(GptOssConfig(**settings, layer_types=["full_attention"] * LAYERS))
+    settings = {**_DECODER, "intermediate_size": CHANNELS, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**settings, head_dim=4, layer_types=["full_attention"] * LAYERS))
 
 
 EXPERTS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -261,6 +266,18 @@ def inputs(family: str, rows: int = 3, dtype: torch.dtype = torch.float64) -> di
     if family == "t5":
         return {"input_ids": ids(rows), "decoder_input_ids": ids(rows, length=5, seed=4)}
     return {"input_ids": ids(rows)}
+
+
+def answer(made: nn.Module, family: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The logits of a family's model on its inputs."""
+    logits: Tensor = made(**inputs(family, dtype=dtype)).logits
+    return logits
+
+
+def quiet(made: nn.Module, family: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The same without gradients."""
+    with torch.no_grad():
+        return answer(made, family, dtype)
 
 
 def linears(base: nn.Module) -> dict[str, nn.Module]:

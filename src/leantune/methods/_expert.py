@@ -143,7 +143,8 @@ class ExpertLayer(AdapterLayer):
     targeted weights and experts, one after the other.
     """
 
-    adapter_layer_names = ("s2ft_slice",)
+    # One container a weight: PEFT takes an adapter's name out of keys that end in it and one more word.
+    adapter_layer_names = tuple(f"s2ft_{name}" for name in (*UP, DOWN))
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
         del kwargs
@@ -159,7 +160,8 @@ class ExpertLayer(AdapterLayer):
         self._active_adapter = adapter_name
         self._overwritten = []
         self.targeted: tuple[str, ...] = ()
-        self.s2ft_slice = nn.ModuleDict()
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
         self._together: dict[str, tuple[object, bool]] = {}
 
     @property
@@ -170,7 +172,8 @@ class ExpertLayer(AdapterLayer):
 
     def slices(self, adapter: str) -> dict[str, ExpertSlice]:
         """Weight name -> slice of one adapter."""
-        return dict(cast(nn.ModuleDict, self.s2ft_slice[adapter]).items())  # type: ignore[arg-type]
+        containers = {name: cast(nn.ModuleDict, getattr(self, f"s2ft_{name}")) for name in self.view.names}
+        return {name: cast(ExpertSlice, of[adapter]) for name, of in containers.items() if adapter in of}
 
     def update_layer(self, adapter_name: str, config: Any, template: str | None, **kwargs: Any) -> None:
         """Create zero slices (noise when ``init_weights`` is False) for ``kwargs["chosen"]``.
@@ -179,23 +182,25 @@ class ExpertLayer(AdapterLayer):
         """
         chosen: dict[str, Tensor] = kwargs["chosen"]
         waits: bool = kwargs["waits"]
-        if template is not None and template in self.s2ft_slice:
-            twins = self.slices(template)
+        twins = self.slices(template) if template is not None else {}
+        if twins:
             chosen = {name: twin.index for name, twin in twins.items()}
             waits = any(twin.waits for twin in twins.values())
-        own = nn.ModuleDict()
         for name, channels in chosen.items():
-            own[name] = ExpertSlice(channels, self.view.per_channel[name], self.view.width, waits)
+            own = ExpertSlice(channels, self.view.per_channel[name], self.view.width, waits)
             if not config.init_weights:
-                nn.init.normal_(own[name].weight, std=0.02)
-        self.s2ft_slice[adapter_name] = own.to(self.weight.device)
+                nn.init.normal_(own.weight, std=0.02)
+            own.index = own.index.to(self.weight.device)
+            # Made without storage when a file is about to fill it.
+            is_empty = own.weight.is_meta
+            getattr(self, f"s2ft_{name}")[adapter_name] = own if is_empty else own.to(self.weight.device)
         self.targeted = tuple(name for name in self.view.names if name in {*self.targeted, *chosen})
         self.out_features = sum(self.view.rows(name).shape[:2].numel() for name in self.targeted)
         self.place(adapter_name, inference_mode=config.inference_mode)
 
     def waits_for_data(self, adapter: str) -> bool:
         """Whether the channels are still to be chosen."""
-        return adapter in self.s2ft_slice and any(each.waits for each in self.slices(adapter).values())
+        return any(each.waits for each in self.slices(adapter).values())
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's experts plus the share of each active adapter, or of each row's own (``adapter_names``).

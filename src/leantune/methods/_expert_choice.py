@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,7 @@ def _rank(
         # There is one activation between both sides.
         asked = (DOWN,) if measure == "activation" else names
         scores = scores * torch.stack([squares(measure, name) for name in asked]).sum(0).sqrt()
-    ranked = scores.sort(-1, descending=config.order == "largest", stable=True).indices
+    ranked = scores.sort(dim=-1, descending=config.order == "largest", stable=True).indices
     return ranked[:, :count].sort(-1).values
 
 
@@ -298,7 +298,8 @@ def inject_experts(tuner: Any, config: Any, adapter_name: str) -> list[str]:
         layer.update_layer(adapter_name, config, template=template, chosen=chosen, waits=waits)
         if adapter_name not in tuner.active_adapters:
             # An additional adapter is not trained until it is chosen.
-            cast(nn.Module, layer.s2ft_slice[adapter_name]).requires_grad_(False)
+            for own in layer.slices(adapter_name).values():
+                own.requires_grad_(False)
         trained += sum(each.weight.numel() for each in layer.slices(adapter_name).values())
         injected += [f"{target.path}.{name}" for name in chosen]
     of_linears = tuner.trained_and_total

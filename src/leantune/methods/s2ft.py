@@ -36,6 +36,7 @@ from leantune.methods._choice import Choice, choose
 from leantune.methods._convolution import ConvolutionSlice, is_whole_convolution, refuse_calibration, weight_shape
 from leantune.methods._discovery import discover, traced_targets
 from leantune.methods._evidence import Questions
+from leantune.methods._expert import ExpertLayer
 from leantune.methods._expert_choice import default_expert_targets, inject_experts, start_experts
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
 from leantune.methods._permutation import BasePermutation
@@ -236,7 +237,7 @@ class S2FTModel(AdapterModel):
     """Chooses the slices of all targeted modules, block by block, and injects the layers."""
 
     prefix = prefix_of("s2ft")
-    tuner_layer_cls = S2FTLinear
+    tuner_layer_cls = AdapterLayer
     without_targets = "; or set model.dummy_inputs = {argument: tensor}, by which coupled layers can be found"
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
@@ -279,6 +280,13 @@ class S2FTModel(AdapterModel):
         # PEFT would wrap each parameter by itself; an expert's weights belong together.
         del model, low_cpu_mem_usage
         return inject_experts(self, peft_config, adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, ExpertLayer):
+            # PEFT's would look for the one weight of a layer.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     @property
     def permutation(self) -> BasePermutation:
