@@ -32,16 +32,6 @@ def wrap(base: nn.Module, permute: bool = True, **options: Any) -> Any:
 PERMUTABLE = [family for family in tiny.EVERY if family != "t5"]
 
 
-def answer(model: nn.Module, family: str) -> Tensor:
-    logits: Tensor = model(**tiny.inputs(family)).logits
-    return logits
-
-
-def quiet(model: nn.Module, family: str) -> Tensor:
-    with torch.no_grad():
-        return answer(model, family)
-
-
 def state(base: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in base.state_dict().items()}
 
@@ -67,7 +57,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"coupling": "independent"}, {"selection": 
 @pytest.mark.parametrize("options", OPTIONS, ids=["shared", "independent", "weight"])
 @pytest.mark.parametrize("family", PERMUTABLE)
 def test_the_same_function_and_the_same_gradients(family: str, options: dict[str, Any]) -> None:
-    plain = quiet(tiny.model(family), family)
+    plain = tiny.quiet(tiny.model(family), family)
     if options.get("coupling") == "independent":
         # Unpermuted, the output's columns of grouped-query attention may be chosen by query head.
         options = {
@@ -75,13 +65,13 @@ def test_the_same_function_and_the_same_gradients(family: str, options: dict[str
             "target_modules": [path for path in tiny.linears(tiny.model(family)) if "o_proj" not in path],
         }
     model, twin = wrap(tiny.model(family), **options), wrap(tiny.model(family), permute=False, **options)
-    assert_close(quiet(model, family), plain, torch.float64, 64, 16, what="logits before the first step")
+    assert_close(tiny.quiet(model, family), plain, torch.float64, 64, 16, what="logits before the first step")
     same_numbers(model, twin)
-    exact = quiet(twin, family)
-    tuned = quiet(model, family)
+    exact = tiny.quiet(twin, family)
+    tuned = tiny.quiet(model, family)
     assert_close(tuned, exact, torch.float64, 64, 16, wrong=(plain,), what="logits")
     for each in (model, twin):
-        objective(answer(each.train(), family)).backward()
+        objective(tiny.answer(each.train(), family)).backward()
     got, expected = gradients(model), gradients(twin)
     for path, layer in own_layers(model).items():
         mine, other = layer.s2ft_slice["default"], twin.get_base_model().get_submodule(path).s2ft_slice["default"]
@@ -121,11 +111,11 @@ def test_heads_with_a_bias_of_position_are_refused_and_the_rest_of_the_model_is_
     ):
         wrap(tiny.model("t5"))
     before = state(tiny.model("t5"))
-    plain = quiet(tiny.model("t5"), "t5")
+    plain = tiny.quiet(tiny.model("t5"), "t5")
     model = wrap(tiny.model("t5"), target_modules=["EncDecAttention.o", "EncDecAttention.v", "wi_1", "wo"])
-    assert_close(quiet(model, "t5"), plain, torch.float64, 64, 16, what="logits before the first step")
+    assert_close(tiny.quiet(model, "t5"), plain, torch.float64, 64, 16, what="logits before the first step")
     start(model)
-    assert_differs(quiet(model, "t5"), plain, "logits")
+    assert_differs(tiny.quiet(model, "t5"), plain, "logits")
     assert_same_state(state(model.unload()), before, "base after unload")
 
 

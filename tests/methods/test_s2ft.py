@@ -38,18 +38,6 @@ def slices(model: nn.Module, adapter: str = "default") -> dict[str, tuple[str, l
     return found
 
 
-def answer(model: nn.Module, family: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The logits of a family's model on its inputs."""
-    logits: Tensor = model(**tiny.inputs(family, dtype=dtype)).logits
-    return logits
-
-
-def quiet(model: nn.Module, family: str, dtype: torch.dtype = torch.float64) -> Tensor:
-    """The same without gradients."""
-    with torch.no_grad():
-        return answer(model, family, dtype)
-
-
 def dense_weight(base: nn.Module, path: str) -> Tensor:
     """The plain layer's weight ``(out, in)``, a view of the parameter."""
     layer = base.get_submodule(path)
@@ -64,9 +52,9 @@ def dense_weight(base: nn.Module, path: str) -> Tensor:
 def test_each_gradient_is_the_slice_of_the_dense_gradient(family: str, coupling: str) -> None:
     """In float64, to 1e-10, for every projection of every family: query, key, value, output, gate, up, down."""
     dense = tiny.model(family).requires_grad_(True)
-    objective(answer(dense, family)).backward()
+    objective(tiny.answer(dense, family)).backward()
     model = wrap(tiny.model(family), coupling=coupling).train()
-    objective(answer(model, family)).backward()
+    objective(tiny.answer(model, family)).backward()
     checked = set()
     for path, layer in layers_of(model).items():
         own = layer.s2ft_slice["default"]
@@ -89,8 +77,8 @@ def test_gradients_of_a_started_slice_are_those_of_the_merged_model(family: str)
     with torch.no_grad():
         for path, layer in layers_of(model).items():
             dense.get_submodule(path).weight.add_(layer.get_delta_weight("default"))
-    objective(answer(dense, family)).backward()
-    objective(answer(model, family)).backward()
+    objective(tiny.answer(dense, family)).backward()
+    objective(tiny.answer(model, family)).backward()
     for path, layer in layers_of(model).items():
         own = layer.s2ft_slice["default"]
         weight = dense.get_submodule(path).weight
@@ -104,14 +92,14 @@ def test_gradients_of_a_started_slice_are_those_of_the_merged_model(family: str)
 
 @pytest.mark.parametrize("family", tiny.EVERY)
 def test_forward_and_merge(family: str) -> None:
-    plain = quiet(tiny.model(family), family)
+    plain = tiny.quiet(tiny.model(family), family)
     model = wrap(tiny.model(family))
-    assert_same(quiet(model, family), plain, "logits before the first step")
+    assert_same(tiny.quiet(model, family), plain, "logits before the first step")
     start(model)
-    tuned = quiet(model, family)
+    tuned = tiny.quiet(model, family)
     assert_differs(tuned, plain, "logits")
     whole = model.merge_and_unload()
-    assert_close(quiet(whole, family), tuned, torch.float64, 64, 16, wrong=(plain,), what="merged")
+    assert_close(tiny.quiet(whole, family), tuned, torch.float64, 64, 16, wrong=(plain,), what="merged")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -141,7 +129,9 @@ def test_save_and_load(family: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(tiny.model(family, torch.float32), tmp_path).eval()
     assert slices(loaded) == slices(model)
-    assert_same(quiet(loaded, family, torch.float32), quiet(model, family, torch.float32), "logits after loading")
+    assert_same(
+        tiny.quiet(loaded, family, torch.float32), tiny.quiet(model, family, torch.float32), "logits after loading"
+    )
 
 
 @pytest.mark.parametrize("family", tiny.EVERY)
