@@ -87,7 +87,7 @@ class FaultyFiles:
             self._replace(module, "safe_open", self._native_read)
         # Files left by this process look as those of one that is gone, as they would be.
         place = atomic._place()
-        self._replace(atomic, "_owner", lambda genuine: lambda: f"{_GONE}-{place}")
+        self._replace(atomic, "owner", lambda genuine: lambda: f"{_GONE}-{place}")
         return self
 
     def __exit__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ import torch
 
 import leantune
 from leantune.cli import main
+from leantune.core import atomic
 from leantune.core.errors import RunError
 from leantune.train import Run, RunConfig, fit, resume
 from leantune.train.checkpoint import SEAL, checkpoints
@@ -44,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full-bfloat16": {"method": "full", "method_options": {}, "lr": 1e-3, "dtype": "bfloat16"},
     "head": {**LORA, "task": "classification"},
     "checkpointing": {**LORA, "gradient_checkpointing": True, "max_steps": 9},
+    "s2ft-calibrated": {**S2FT, "method_options": {**S2FT["method_options"], "selection": "gradient"}},
     "packing": {**LORA, "packing": True, "max_length": 24, "max_steps": 12},
     "streaming": {**LORA, "streaming": True, "max_steps": 10, "shuffle_buffer": 7},
 }
@@ -323,6 +326,21 @@ def test_another_default_of_the_method_is_refused(folder: Path) -> None:
 def test_another_number_of_processes_is_refused(folder: Path) -> None:
     edit_seal(folder, lambda facts: facts["meter"].update(processes=4))
     assert "processes: 1 now, 4 before" in refusal(folder)
+
+
+def test_a_run_that_still_runs_is_left_alone(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        # The process that runs the tests has a parent, which is alive.
+        patch.setattr("leantune.core.atomic.os.getpid", os.getppid)
+        owner = atomic.owner()
+    lock = folder / ".lock"
+    lock.write_text(owner, encoding="utf-8")
+    assert f"process {os.getppid()} is writing into it" in refusal(folder)
+    for stale in ("99999999-" + owner.partition("-")[2], f"{os.getppid()}-00000000", "torn"):
+        lock.write_text(stale, encoding="utf-8")
+        run_again = Path(shutil.copytree(folder, folder.with_name(f"run-{stale[:8]}")))
+        assert resume(run_again, progress=False).summary["status"] == "complete"
+        assert not (run_again / ".lock").exists()
 
 
 # What there is to go on from

@@ -38,18 +38,28 @@ def _place() -> str:
     return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
 
 
-def _owner() -> str:
+def owner() -> str:
+    """This process, as a name that no other living process has."""
     return f"{os.getpid()}-{_place()}"
 
 
+def is_running(name: str) -> bool:
+    """Whether another process, by the name that :func:`owner` gave it, is running on this machine.
+
+    Where the system cannot be asked, or about one of another machine, the answer is no.
+    """
+    process, _, place = name.partition("-")
+    if os.name != "posix" or place != _place() or not process.isdigit() or name == owner():
+        return False
+    return _exists(int(process))
+
+
 def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.tmp-{_owner()}")
+    return target.with_name(f".{target.name}.tmp-{owner()}")
 
 
-def _is_running(process: int) -> bool:
-    if os.name != "posix":
-        # Elsewhere signal 0 is none that only asks, so age decides.
-        return True
+def _exists(process: int) -> bool:
+    # On POSIX only: elsewhere signal 0 is none that only asks.
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -63,10 +73,10 @@ def _is_running(process: int) -> bool:
 def is_left_over(path: Path) -> bool:
     """Whether a path was being written by a process that is gone; never so while that process may be writing."""
     match = _LEFT_OVER.fullmatch(path.name)
-    if match is None or path.name.endswith(_owner()):
+    if match is None or path.name.endswith(owner()):
         return False
     if match["place"] == _place() and os.name == "posix":
-        return not _is_running(int(match["process"]))
+        return not _exists(int(match["process"]))
     try:
         return time.time() - path.stat().st_mtime > _FORGOTTEN_S
     except OSError:

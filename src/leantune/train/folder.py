@@ -23,6 +23,7 @@ from leantune.core.errors import RunError, describe
 from leantune.data.template import read_template
 from leantune.train import checkpoint
 from leantune.train.config import RunConfig
+from leantune.train.lock import LOCK
 from leantune.train.record import METRICS, RECORD, file_hash, plain, rewind_metrics
 from leantune.train.rows import TEMPLATE
 
@@ -64,7 +65,8 @@ def check_vacant(folder: Path, overwrite: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(describe(str(folder), "a file", "a folder to write the run into", "choose another out"))
-    if not folder.is_dir() or not any(folder.iterdir()):
+    # A run killed while it took the folder leaves the lock alone.
+    if not folder.is_dir() or all(path.name == LOCK or atomic.is_left_over(path) for path in folder.iterdir()):
         return
     if not any((folder / name).exists() for name in (CONFIG, RECORD, CHECKPOINTS)):
         raise RunError(
@@ -86,12 +88,13 @@ def begin(config: RunConfig) -> None:
     checkpoint.sweep(folder / CHECKPOINTS)
     for path in reversed(checkpoint.checkpoints(folder / CHECKPOINTS)):
         checkpoint.remove(path)
+    # First what makes it a run's folder: whatever a kill leaves from here on does not block the next run.
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
     atomic.write_text(folder / METRICS, "")
     if config.chat_template is not None:
         atomic.write_text(folder / TEMPLATE, read_template(config.chat_template))
     else:
         (folder / TEMPLATE).unlink(missing_ok=True)
-    (folder / CHECKPOINTS).mkdir(exist_ok=True)
     atomic.write_text(folder / CONFIG, config.to_yaml())
 
 
