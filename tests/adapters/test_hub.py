@@ -141,7 +141,7 @@ def test_the_card_says_what_the_hub_wants_to_know(pushed: Path) -> None:
     meta = front_matter(pushed)
     assert (meta["library_name"], meta["pipeline_tag"], meta["license"]) == ("peft", "text-generation", "apache-2.0")
     assert meta["datasets"] == ["owner/rows"]
-    assert {"leantune", "lora"} <= set(meta["tags"])
+    assert meta["tags"] == ["leantune", "lora", "s2ft"]
     # A base from a folder is no model of the Hub.
     assert "base_model" not in meta
     [entry] = meta["model-index"]

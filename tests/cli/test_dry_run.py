@@ -58,3 +58,10 @@ def test_an_occupied_folder_is_one_line(words: list[Any], trained: Path, leantun
     assert code == 1
     assert "holds a run already" in err
     assert err.count("\n") == 1
+
+
+def test_a_dry_run_is_of_a_run_that_begins(words: list[Any], trained: Path, leantune: Command) -> None:
+    words[words.index("--out") + 1] = trained
+    code, _, err = leantune(*words, "--resume")
+    assert code == 1
+    assert "with --resume" in err

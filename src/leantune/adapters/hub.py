@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from leantune.core.errors import AdapterError, HubError, LeantuneError, describe
 PULLED = ["*.json", "*.safetensors", "*.md", "*.jinja", "*.txt", "*.model"]
 # Files of an older push that a new one replaces.
 _OURS = ["native/*", "*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+_DISK = (errno.ENOSPC, errno.EACCES, errno.EROFS)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Progress = Callable[[str], None]
@@ -254,7 +256,9 @@ def told(repo_id: str, verb: str, revision: str | None = None) -> Iterator[None]
     except errors.HfHubHTTPError as error:
         raise HubError(_refusal(repo_id, verb, error)) from error
     except Exception as error:
-        # No network, a proxy, a timeout, a full cache disk: each client library has its own class.
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise
+        # No network, a proxy, a timeout: each client library has its own class.
         lines = str(error).strip().splitlines()
         got = f"the Hub cannot be reached ({lines[0] if lines else type(error).__name__})"
         raise HubError(describe(repo_id, got, "a connection", "connect and try again")) from error

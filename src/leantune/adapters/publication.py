@@ -83,6 +83,7 @@ def prepare(
         write_json(native / RUN_RECORD, public_run(summary, base))
     facts = {**_read(folder / record.RECORD_NAME), "base": base}
     parts = {**(card or {}), "model_index": model_index(summary, repo_id)}
+    parts["tags"] = [*(parts.get("tags") or ()), str(facts.get("converted_from"))]
     parts["sections"] = {
         **(parts.get("sections") or {}),
         "The trained form": _native_text(facts, repo_id, base),
@@ -151,8 +152,9 @@ def model_index(summary: dict[str, Any], repo_id: str) -> list[dict[str, Any]] |
 
 def _native_text(facts: dict[str, Any], repo_id: str, base: dict[str, Any]) -> str:
     name = json.dumps(base["name"])
+    size = f"{facts.get('native_bytes', 0):,} bytes of tensors where the LoRA form takes {facts.get('lora_bytes', 0):,}"
     return (
-        f"`native/` holds the adapter as it was trained ({facts.get('converted_from')}): smaller, and exactly the same "
+        f"`native/` holds the adapter as it was trained ({facts.get('converted_from')}), {size}; both are the same "
         f"change.\n\n```python\nimport leantune\n\nbase = leantune.load_base({name})\n"
         f"model = leantune.load(base, {json.dumps(repo_id)})  # takes native/\n```\n\n"
         f"`leantune pull {repo_id} --out DIR` makes a run folder of it, for `leantune generate`, `eval` and `chat`."

@@ -63,6 +63,9 @@ def train(
     """
     resume = resume or resume_anyway
     config = configuration(recipe, settings or [], given, resume=resume)
+    if dry_run and resume:
+        do = "drop one of the two; leantune train --resume says itself what it would refuse"
+        raise ConfigError(describe("--dry-run", "with --resume", "a run that begins", do))
     if dry_run:
         _say_what_would_happen(config, as_json)
         return
