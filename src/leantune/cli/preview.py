@@ -71,18 +71,20 @@ def _print_data(out: Console, title: str, data: dict[str, Any], config: dict[str
 
 def _print_steps(out: Console, found: dict[str, Any]) -> None:
     steps, config = found["steps"], found["config"]
-    size = f"{config['batch_size']} rows"
+    size = f"{config['batch_size']} {'packs' if config['packing'] else 'rows'}"
     if config["gradient_accumulation"] > 1:
         size += f" x {config['gradient_accumulation']} passes"
     batches = "" if steps["batches_an_epoch"] is None else f"; {steps['batches_an_epoch']:,} batches an epoch"
-    _line(out, "steps", f"{steps['steps']:,} of {size}, {steps['epochs']:.4g} epochs{batches}")
+    # A stream is as long as its steps.
+    epochs = "" if config["streaming"] else f", {steps['epochs']:.4g} epochs{batches}"
+    _line(out, "steps", f"{steps['steps']:,} of {size}{epochs}")
     share = f"{steps['padding_share']:.1%} of {steps['computed_positions']:,} computed positions are padding"
     if not steps["counted_all_of_first_epoch"]:
         share += f" (in the first {steps['counted_batches']:,} batches)"
     elif steps["epochs"] > 1:
         share += " (in the first epoch)"
-    if steps["padding_share"] > _MUCH_PADDING and not config["group_by_length"]:
-        share += "; --group-by-length lowers it"
+    if steps["padding_share"] > _MUCH_PADDING and not config["group_by_length"] and not config["packing"]:
+        share += f"; --{'packing' if config['streaming'] else 'group-by-length'} lowers it"
     _line(out, "padding", share)
 
 

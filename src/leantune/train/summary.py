@@ -57,7 +57,8 @@ def after(trainer: LeanTrainer) -> dict[str, Any]:
     return {
         "steps": state.global_step,
         "planned_steps": state.max_steps,
-        "epochs": state.epoch,
+        # Of a stream the Trainer knows no epoch; its passes stand below.
+        "epochs": None if isinstance(trainer.train_dataset, RowStream) else state.epoch,
         "rows_seen": meter.rows,
         "tokens_seen": meter.tokens,
         "loss_tokens_seen": meter.loss_tokens,
