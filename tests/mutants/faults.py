@@ -8,6 +8,7 @@ KERNEL = "leantune/kernels/partial_linear.py"
 BASE = "leantune/methods/_base.py"
 S2FT = "leantune/methods/s2ft.py"
 SELECTION = "leantune/methods/_selection.py"
+SLICE = "leantune/methods/_slice.py"
 TRAINER = "leantune/train/trainer.py"
 LOSS = "leantune/train/loss.py"
 ENCODING = "leantune/data/encoding.py"
@@ -74,9 +75,9 @@ LAYER_FAULTS = (
     ),
     Fault(
         "indices are not saved",
-        S2FT,
-        'self.register_buffer("index", chosen.index)',
-        'self.register_buffer("index", chosen.index, persistent=False)',
+        SLICE,
+        'self.register_buffer("index", chosen.index.to(device, copy=True))',
+        'self.register_buffer("index", chosen.index.to(device, copy=True), persistent=False)',
         "a file loads onto whatever another version of the random generator draws",
         (f"{S2FT_TESTS}::test_the_file_wins_over_what_the_config_would_choose",),
     ),
@@ -185,8 +186,8 @@ CHOICE_FAULTS = (
     Fault(
         "every block draws the same units",
         SELECTION,
-        "generator=_generator(seed, structure.block, structure.kind, side)",
-        "generator=_generator(seed, structure.kind, side)",
+        "generator=seeded(seed, structure.block, structure.kind, side)",
+        "generator=seeded(seed, structure.kind, side)",
         "random selection is one choice repeated through the depth",
         ("tests/methods/test_selection.py::test_random_choices_depend_on_seed_block_and_side_alone",),
     ),
