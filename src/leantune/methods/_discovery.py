@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -48,7 +48,7 @@ def known_by_name(
     found = find_structures(linear, HeadLayout.of(getattr(model, "config", None)))
     for path, layer in layers.items():
         if path not in linear:
-            kernel = shapes[path][1] // layer.in_channels  # type: ignore[operator]
+            kernel = shapes[path][1] // cast(nn.Conv2d, layer).in_channels
             part = plain_part(path, *shapes[path], kernel)
             found.append(Structure(path, "plain", part.units, (part,)))
     whole = [each for each in found if {part.axis for part in each.parts} == {"in", "out"}]
