@@ -202,6 +202,13 @@ def test_an_error_names_the_columns_as_the_file_does(tmp_path: Path) -> None:
     assert f"{path}:3: 'answer' is int 3" in text
 
 
+def test_a_column_has_the_role_that_was_said_and_no_other(tmp_path: Path) -> None:
+    path = write(tmp_path, {"question": "q", "answer": "a", "prompt": "p"}, {"answer": "a", "prompt": "p"})
+    assert f"{path}:2: no 'question' (it has " in message_of(path, columns="prompt=question,completion=answer")
+    alone = write(tmp_path, {"question": "q", "answer": "a"})
+    assert f"{alone}:1: no 'prompt' (it has " in message_of(alone, columns="completion=question")
+
+
 def test_mixed_layouts_are_named(tmp_path: Path) -> None:
     talk = {"messages": [{"role": "assistant", "content": "a"}]}
     path = write(tmp_path, {"prompt": "a", "completion": "b"}, talk, {"prompt": "a", "completion": "b"}, {"text": "t"})
