@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,12 +33,15 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from leantune.adapters import merge_run
 from leantune.core.errors import DataError, LeantuneError, MethodError
 from leantune.data import read_rows
 from leantune.evaluate import evaluate
 from leantune.models import load_base
+from leantune.testing.closeness import assert_close
 from leantune.train import Run, RunConfig, fit
 from leantune.train.head import head_modules
+from leantune.train.listener import MaskingEpoch
 from leantune.train.record import read_metrics
 
 WORDS = ["<pad>", "</s>", "<unk>", "<s>", "<mask>", "red", "green", "blue", "one", "two", "good", "bad", "film", "is"]
@@ -267,6 +271,22 @@ def test_masked_training_stops_and_goes_on_as_if_it_had_not(folders: Any, texts:
         assert torch.equal(dict(prepared.model.named_parameters())[name], parameter), name
 
 
+def test_the_epoch_reaches_the_hidden_tokens_without_a_loader() -> None:
+    """accelerate tells a data set its epoch in one process alone."""
+
+    class Texts:
+        epoch = -1
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+    texts: Any = Texts()
+    callback = MaskingEpoch(texts)
+    for at, expected in ((None, 0), (1.0, 1), (1.5, 1), (2.0, 2)):
+        callback.on_epoch_begin(None, SimpleNamespace(epoch=at), None)  # type: ignore[arg-type]
+        assert texts.epoch == expected
+
+
 def test_images_of_a_folder_a_class(image_base: Path, pictures: Path, tmp_path: Path) -> None:
     run = fit(settings(image_base, pictures, tmp_path / "run", "image-classification"), progress=False)
     lines = losses(tmp_path / "run")
@@ -294,6 +314,34 @@ def test_images_of_a_file_of_rows(image_base: Path, pictures: Path, tmp_path: Pa
         fit(settings(image_base, bad, tmp_path / "bad", "image-classification"), progress=False)
     assert "bad.jsonl:1: its image cannot be read (no file none.png, here or in" in str(caught.value)
     assert "bad.jsonl:2: its image cannot be read" in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["image-classification", "masked-lm", "classification"])
+def test_a_run_is_merged_into_a_plain_model(
+    image_base: Path, pictures: Path, folders: Any, texts: Path, pairs: Path, tmp_path: Path, task: str
+) -> None:
+    base, data = {
+        "image-classification": (image_base, pictures),
+        "masked-lm": (folders("roberta-masked"), texts),
+        "classification": (folders("bert"), pairs),
+    }[task]
+    run = fit(settings(base, data, tmp_path / "run", task, max_steps=4), progress=False)
+    result = merge_run(run.folder, tmp_path / "merged")
+    assert result["parity"]["ok"]
+    assert result["parity"]["adapter_effect"] > 0
+    record = json.loads((tmp_path / "merged/leantune.json").read_text(encoding="utf-8"))
+    assert record["task"] == task
+    labels = 2 if "classification" in task else None
+    merged = load_base(tmp_path / "merged", task=task, num_labels=labels)
+    assert merged.new_parameters == ()
+    assert_close(
+        answers(merged.model, merged.encoder, task, pictures),
+        answers(run.model, run.tokenizer, task, pictures).double(),
+        torch.float32,
+        4,
+        48,
+        what="merged logits",
+    )
 
 
 def test_a_fresh_process_reads_head_and_slices_back(folders: Any, pairs: Path, tmp_path: Path) -> None:

@@ -5,6 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+# The Hub's name of what a model does, by our task, or PEFT's in a record of an older version.
+_PIPELINES = {
+    "causal-lm": "text-generation",
+    "CAUSAL_LM": "text-generation",
+    "masked-lm": "fill-mask",
+    "classification": "text-classification",
+    "regression": "text-classification",
+    "image-classification": "image-classification",
+}
+
 
 def render(facts: dict[str, Any], card: dict[str, Any] | None = None) -> str:
     """The text of a card.
@@ -40,8 +50,9 @@ def _front_matter(facts: dict[str, Any], card: dict[str, Any]) -> str:
         fields["base_model_relation"] = "finetune" if kind == "merged" else "adapter"
         if kind != "merged":
             tags.append(f"base_model:adapter:{hub_id}")
-    if facts.get("task_type") in (None, "CAUSAL_LM"):
-        fields["pipeline_tag"] = "text-generation"
+    pipeline = _PIPELINES.get(facts.get("task") or str(facts.get("task_type") or "CAUSAL_LM"))
+    if pipeline:
+        fields["pipeline_tag"] = pipeline
     for name in ("license", "language", "datasets"):
         if card.get(name):
             fields[name] = card[name]

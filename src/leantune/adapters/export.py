@@ -79,16 +79,17 @@ def export_run(
         say("writing the LoRA form")
         conversion = converting.write_lora(model, temporary, "default", facts, pad_rank=pad_rank, dtype=dtype)
         converting.copy_tokenizer(None, source, temporary)
+        auto_class = skeleton.auto_class_for(model.get_base_model(), facts["task_type"])
         where, options = skeleton.location(base_model.name, base_model.revision)
         if base_model.quantisation is not None:
             # The same packed weights on both sides: stock transformers packs them itself.
             options["quantization_config"] = json.loads(base_model.model.config.quantization_config.to_json_string())
         measured = parity.compare(
             model,
-            parity.Exported(where, str(temporary), skeleton.auto_class_of(facts["task_type"]), options),
-            parity.prompt_ids(prompts or _run_prompts(source, base_model.tokenizer), base_model.tokenizer),
-            new_tokens=new_tokens if facts["task_type"] in (None, "CAUSAL_LM") else 0,
-            stop=parity.stop_ids(base_model.tokenizer),
+            parity.Exported(where, str(temporary), auto_class, options),
+            parity.prompt_ids(prompts or _run_prompts(source, base_model.encoder), base_model.encoder),
+            new_tokens=new_tokens if auto_class == "AutoModelForCausalLM" else 0,
+            stop=parity.stop_ids(base_model.encoder),
             progress=progress,
         )
         converting.write_lora_record(temporary, facts, conversion, measured.to_dict())
@@ -144,7 +145,7 @@ def merge_run(
     source = adapter_of(run)
     say("loading the trained model")
     base_model, model = _open(source, base)
-    tokenizer = base_model.tokenizer
+    tokenizer = base_model.encoder
     merging.refuse_unmergeable(model, "default")
     original = _original(source, base_model, base) if onto == "original" else None
     facts = adapter_folder.describe_adapter(model, "default", base_model)
@@ -199,8 +200,8 @@ def _original(source: Path, packed: BaseModel, base: BaseModel | str | None) -> 
     return adapter_folder.recorded_base(source, name, packed=False).model
 
 
-def _run_prompts(source: Path, tokenizer: Any, count: int = 8) -> list[str] | None:
-    """The first prompts of the data the run was evaluated or trained on, where it can still be read."""
+def _run_prompts(source: Path, encoder: Any, count: int = 8) -> list[Any] | None:
+    """The first prompts (or images) of the data the run was evaluated or trained on, where it can still be read."""
     settings = source.parent / "config.yaml"
     if not settings.is_file():
         return None
@@ -209,13 +210,16 @@ def _run_prompts(source: Path, tokenizer: Any, count: int = 8) -> list[str] | No
 
         config = yaml.safe_load(settings.read_text(encoding="utf-8"))
         from leantune.data import prompt_text, read_rows
+        from leantune.data.image import pixels
 
         for name in ("eval_data", "data"):
-            if config.get(name) and Path(config[name]).is_file():
+            if config.get(name) and Path(config[name]).exists():
                 rows = read_rows(
                     Path(config[name]), format=config.get("format"), columns=config.get("columns"), limit=count
                 )
-                return [row.text if row.text is not None else prompt_text(row, tokenizer) for row in rows]
+                if rows[0].image is not None:
+                    return [pixels(row, encoder) for row in rows]
+                return [row.text if row.text is not None else prompt_text(row, encoder) for row in rows]
     except (ImportError, OSError, LeantuneError, ValueError, AttributeError):
         # The data moved or changed since: built-in prompts prove the same.
         return None

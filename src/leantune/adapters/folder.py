@@ -105,6 +105,7 @@ def describe_adapter(model: PeftModel, adapter_name: str, base: BaseModel | None
         "method": method_name(config),
         "peft_type": str(getattr(config.peft_type, "value", config.peft_type)),
         "task_type": task_type(model, config),
+        "task": task_of(model.get_base_model()),
         "base": record.base_facts(base, model.get_base_model()),
         **_head(model, config),
         "parameters": parameters,
@@ -115,10 +116,23 @@ def describe_adapter(model: PeftModel, adapter_name: str, base: BaseModel | None
 
 
 def _head(model: PeftModel, config: PeftConfig) -> dict[str, Any]:
-    if task_type(model, config) != "SEQ_CLS":
-        return {}
     base_config: Any = model.get_base_model().config
+    if task_type(model, config) != "SEQ_CLS" and task_of(model.get_base_model()) != "image-classification":
+        return {}
     return {"num_labels": base_config.num_labels, "problem_type": base_config.problem_type}
+
+
+def task_of(model: nn.Module) -> str | None:
+    """Our name of the task that a base model answers, by its class; None for a kind that no task here has."""
+    name = type(model).__name__
+    if name.endswith("ForSequenceClassification"):
+        config: Any = model.config
+        is_number = config.problem_type == "regression" or config.num_labels == 1
+        return "regression" if is_number else "classification"
+    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal-lm"
+    endings = {"ForMaskedLM": "masked-lm", "ForImageClassification": "image-classification"}
+    return next((task for ending, task in endings.items() if name.endswith(ending)), None)
 
 
 def task_type(model: PeftModel, config: PeftConfig) -> str | None:
@@ -237,7 +251,11 @@ def recorded_base(path: Path, name: str | None = None, *, packed: bool = True) -
     how = facts.get("quantization")
     if how and packed:
         options |= {"quantization": f"{how['bits']}bit", "quantization_backend": how["backend"]}
-    if (known.get("task_type") or config.task_type) == "SEQ_CLS":
+    if known.get("task") == "masked-lm":
+        options["task"] = "masked-lm"
+    elif known.get("task") == "image-classification":
+        options |= {"task": "image-classification", "num_labels": known.get("num_labels")}
+    elif (known.get("task_type") or config.task_type) == "SEQ_CLS":
         if known.get("problem_type") == "regression":
             options["task"] = "regression"
         else:

@@ -271,7 +271,8 @@ def compare(
     progress: Callable[[str], None] | None,
 ) -> parity.Parity:
     """Parity of a merged folder with the unmerged model."""
-    auto_class = skeleton.auto_class_of(adapter_folder.task_type(model, model.peft_config[adapter_name]))
+    task = adapter_folder.task_type(model, model.peft_config[adapter_name])
+    auto_class = skeleton.auto_class_for(model.get_base_model(), task)
     return parity.compare(
         model,
         parity.Exported(str(folder), auto_class=auto_class),

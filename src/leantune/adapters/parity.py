@@ -134,9 +134,13 @@ def prompt_ids(prompts: Sequence[str] | Sequence[list[int]] | None, tokenizer: A
     Raises:
         ParityError: there are texts but no tokenizer.
     """
-    chosen: list[Any] = list(prompts or DEFAULT_PROMPTS)
+    chosen: list[Any] = list(prompts or ())
+    if not chosen and hasattr(tokenizer, "image_mean"):
+        raise ParityError(describe("prompts", "none for an image model", "images as numbers", "pass prompts=..."))
+    chosen = chosen or list(DEFAULT_PROMPTS)
     if not any(isinstance(prompt, str) for prompt in chosen):
-        return [list(prompt) for prompt in chosen]
+        found: list[Any] = [prompt if isinstance(prompt, numpy.ndarray) else list(prompt) for prompt in chosen]
+        return found
     if tokenizer is None:
         raise ParityError(describe("prompts", "texts without a tokenizer", "token ids", "pass the tokenizer"))
     return [list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt) for prompt in chosen]
@@ -172,7 +176,8 @@ def compare(
     Raises:
         ParityError: no prompt, or the exported model could not be loaded.
     """
-    ids = [list(prompt)[:MAX_PROMPT_TOKENS] for prompt in prompts if len(prompt)]
+    images = [prompt for prompt in prompts if isinstance(prompt, numpy.ndarray)]
+    ids: list[Any] = images or [list(prompt)[:MAX_PROMPT_TOKENS] for prompt in prompts if len(prompt)]
     if not ids:
         raise ParityError(describe("prompts", "none", "at least one with a token in it", "give prompts"))
     say = progress or (lambda _: None)
@@ -218,10 +223,13 @@ def _ask_elsewhere(
         "model": exported.model,
         "adapter": exported.adapter,
         "out": str(scratch),
-        "prompts": ids,
+        "prompts": [None if isinstance(prompt, numpy.ndarray) else prompt for prompt in ids],
         "new_tokens": new_tokens,
         "stop": stop,
     }
+    for number, prompt in enumerate(ids):
+        if isinstance(prompt, numpy.ndarray):
+            numpy.save(scratch / f"image-{number}.npy", prompt)
     job_path = scratch / "job.json"
     job_path.write_text(json.dumps(job), encoding="utf-8")
     # -I: neither the current folder nor PYTHONPATH may bring modules in; the job names where packages are.

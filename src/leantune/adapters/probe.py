@@ -12,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 
-def logits_of(model: Any, ids: list[int]) -> Any:
-    """Logits of one prompt as a float32 tensor: ``(positions, vocabulary)``, or ``(labels,)`` for a classifier."""
+def logits_of(model: Any, ids: Any) -> Any:
+    """Logits of one prompt as a float32 tensor: ``(positions, vocabulary)``, or ``(labels,)`` for a classifier.
+
+    A prompt is a list of token ids, or the numbers of an image, ``(channels, height, width)``.
+    """
     import torch
 
+    if not isinstance(ids, list):
+        first = next(model.parameters())
+        with torch.inference_mode():
+            numbers = torch.as_tensor(ids, device=first.device).to(first.dtype)
+            return model(pixel_values=numbers[None]).logits[0].float().cpu()
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.inference_mode():
         return model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[0].float().cpu()
@@ -90,6 +98,8 @@ def _run(job_path: str) -> None:
     out = Path(job["out"])
     answers = []
     for number, ids in enumerate(job["prompts"]):
+        if ids is None:
+            ids = numpy.load(out / f"image-{number}.npy")
         numpy.save(out / f"{number}.npy", logits_of(model, ids).numpy())
         if job["new_tokens"]:
             answers.append(greedy(model, ids, job["new_tokens"], job["stop"])[0])

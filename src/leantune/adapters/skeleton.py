@@ -34,6 +34,15 @@ def auto_class_of(task_type: str | None) -> str:
     return _AUTO_CLASSES.get(task_type or "CAUSAL_LM", "AutoModel")
 
 
+def auto_class_for(model: nn.Module, task_type: str | None) -> str:
+    """The Auto class that loads a base like this one; PEFT has no task for masked language models and images."""
+    name = type(model).__name__
+    for ending in ("ForMaskedLM", "ForImageClassification"):
+        if name.endswith(ending):
+            return f"AutoModel{ending}"
+    return auto_class_of(task_type)
+
+
 def location(name: str, revision: str | None = None) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a base model: ``from_pretrained(path, **options)``.
 

@@ -50,7 +50,14 @@ def base_of(run: Run) -> Iterator[Any]:
         return
     from leantune.models import load_base
 
-    yield load_base(run.config.model, task=run.config.task, dtype=run.config.dtype, revision=run.config.revision).model
+    labels = (run.summary.get("data") or {}).get("label_names")
+    yield load_base(
+        run.config.model,
+        task=run.config.task,
+        num_labels=len(labels) if labels else None,
+        dtype=run.config.dtype,
+        revision=run.config.revision,
+    ).model
 
 
 def compare(run: Run, rows: Sequence[Row], *, progress: Progress | None = None, **settings: Any) -> Comparison:

@@ -66,6 +66,7 @@ def steady(model: nn.Module) -> int:
     evaluation and not in training, so that the model evaluated is not the one trained. On a GPU neither happens.
     """
     changed = 0
+    module: Any
     for module in model.modules():
         if isinstance(module, _classes("Linear4bit")) and module.weight.device.type == "cpu":
             changed += bool(module.support_avx512bf16_for_cpu)
@@ -84,7 +85,7 @@ def _weight_only(layer: Any) -> Any:
         del mode
         return super(weight_only, self).train(True)
 
-    weight_only = type(layer.__name__, (layer,), {"train": train, "__doc__": layer.__doc__})
+    weight_only: Any = type(layer.__name__, (layer,), {"train": train, "__doc__": layer.__doc__})
     return weight_only
 
 
@@ -101,8 +102,8 @@ def put_back(layer: Any, kept: Kept) -> None:
     """Undo the writing of a weight: the very parameter again, bit for bit, with what stood on it and beside it."""
     weight, attributes, state, quant_state = kept
     # PEFT marks the old parameter as unquantised while it writes the new one; moved later, it would be packed twice.
-    vars(weight).clear()
-    vars(weight).update(attributes)
+    weight.__dict__.clear()
+    weight.__dict__.update(attributes)
     layer.weight = weight
     if state is not None:
         layer.state = state

@@ -115,6 +115,16 @@ def encode_images(rows: Sequence[Row], *, label_names: list[str] | None = None) 
     return encoded
 
 
+def pixels(row: Row, processor: Any) -> Any:
+    """The numbers that a model is given for the image of a row: ``(channels, height, width)``, a numpy array.
+
+    Raises:
+        ValueError: it is not there.
+        OSError: it is no image.
+    """
+    return processor([open_image(image_source(row))], return_tensors="np")["pixel_values"][0]
+
+
 class ImageCollator:
     """Reads the images of a batch and turns them into numbers as the model was trained to see them.
 

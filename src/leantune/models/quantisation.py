@@ -123,7 +123,7 @@ def resolve(quantization: str, backend: str = "auto") -> str:
     return backend
 
 
-def hub_config(quantization: str, backend: str, task: str, dtype: torch.dtype) -> Any:
+def hub_config(quantization: str, backend: str, task: str, dtype: torch.dtype | str) -> Any:
     """What ``from_pretrained(quantization_config=...)`` takes.
 
     Args:
@@ -154,10 +154,10 @@ def hub_config(quantization: str, backend: str, task: str, dtype: torch.dtype) -
 
 def measure(model: nn.Module) -> Quantisation | None:
     """What a loaded model says of itself; None where no layer is packed."""
-    packed = [module for module in model.modules() if packed_weight.is_packed(module)]
+    packed: list[Any] = [module for module in model.modules() if packed_weight.is_packed(module)]
     if not packed:
         return None
-    config = model.config.quantization_config  # type: ignore[union-attr]
+    config: Any = model.config.quantization_config  # type: ignore[union-attr]
     backend = "torchao" if "torchao" in str(config.quant_method).lower() else "bitsandbytes"
     is_four = backend == "bitsandbytes" and config.load_in_4bit
     inside = {id(module) for module in packed}
@@ -170,7 +170,7 @@ def measure(model: nn.Module) -> Quantisation | None:
         if tensor is not None
     }
     biases = sum(module.bias.numel() for module in packed if isinstance(module.bias, Tensor))
-    weights = sum(int(module.in_features) * int(module.out_features) for module in packed)  # type: ignore[arg-type]
+    weights = sum(int(module.in_features) * int(module.out_features) for module in packed)
     return Quantisation(
         bits=4 if is_four else 8,
         backend=backend,
@@ -193,9 +193,10 @@ def check_kernels(model: nn.Module, name: str) -> None:
         ModelError: naming the layers.
     """
     by_width: dict[int, list[str]] = {}
+    module: Any
     for path, module in model.named_modules():
         if packed_weight.is_packed(module) and hasattr(module.weight, "quant_state") and not module.weight.is_cuda:
-            by_width.setdefault(int(module.in_features), []).append(path)  # type: ignore[arg-type]
+            by_width.setdefault(int(module.in_features), []).append(path)
     wrong = {width: paths for width, paths in by_width.items() if not _keeps_numbers(width)}
     if wrong:
         width, paths = min(wrong.items())
@@ -219,9 +220,9 @@ def weight_reader(model: nn.Module) -> Callable[[nn.Module], Tensor]:
 
     options = get_quantization_kwargs(model)
 
-    def read(layer: nn.Module) -> Tensor:
+    def read(layer: Any) -> Tensor:
         backend = resolve_quantization_backend(layer, **options)
-        weight = layer.weight if backend is None else backend.get_base_weight(layer)
+        weight: Tensor = layer.weight if backend is None else backend.get_base_weight(layer)
         return weight.detach()
 
     return read
