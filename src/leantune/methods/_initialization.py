@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from leantune.core.errors import MethodError, describe
@@ -54,13 +54,12 @@ class StartingModel(BaseTuner):
 
     def waiting(self) -> list[list[str]]:
         """The adapters that wait for their start, those with one config object together."""
-        names: dict[str, None] = {}
-        for module in self.modules():
-            if isinstance(module, StartingLayer) and isinstance(module, BaseTunerLayer):
-                names |= dict.fromkeys(n for n in module._get_available_adapters() if module.waits_for_data(n))
+        layers = [module for module in self.modules() if isinstance(module, StartingLayer)]
         groups: dict[int, list[str]] = {}
-        for name in names:
-            groups.setdefault(id(self.peft_config[name]), []).append(name)
+        # In the order they were added, which is the same in every process.
+        for name in self.peft_config:
+            if any(layer.waits_for_data(name) for layer in layers):
+                groups.setdefault(id(self.peft_config[name]), []).append(name)
         return list(groups.values())
 
     @classmethod
