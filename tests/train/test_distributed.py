@@ -36,13 +36,13 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"method": "full", "method_options": {}},
     "checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16", "optimizer": "sgd", "lr": 1.0},
-    "head": {"task": "classification", "data": "films.jsonl", "eval_data": "seven.jsonl"},
+    "head": {"task": "classification", "data": "films.jsonl", "eval_data": "few.jsonl"},
 }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, rows with very unequal numbers of loss tokens, and rows to evaluate on: no multiple of any batch."""
+    """A model, rows with very unequal numbers of loss tokens, and rows to evaluate on: an odd number of batches."""
     folder = tmp_path_factory.mktemp("distributed")
     make_llama().double().save_pretrained(folder / "llama")
     make_tokenizer().save_pretrained(folder / "llama")
@@ -55,13 +55,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(24)
     ]
     write_jsonl(folder / "rows.jsonl", rows)
-    write_jsonl(folder / "other.jsonl", rows[:7])
+    write_jsonl(folder / "other.jsonl", rows[:5])
     films = [
         {"text": "the film is " + ("good", "bad")[n % 2] + " and big" * (n % 3), "label": ("yes", "no")[n % 2]}
         for n in range(24)
     ]
     write_jsonl(folder / "films.jsonl", films)
-    write_jsonl(folder / "seven.jsonl", films[:7])
+    write_jsonl(folder / "few.jsonl", films[:5])
     return folder
 
 
@@ -167,7 +167,9 @@ def test_two_processes_train_the_same_as_one(name: str, two: SimpleNamespace, on
         for key in ("step", "tokens", "loss_tokens", "learning_rate", "eval_tokens", "eval_accuracy"):
             assert after.get(key) == before.get(key), key
         for key in ("grad_norm", "eval_loss"):
-            assert after.get(key) == pytest.approx(before.get(key), abs=10 * bound), key
+            # transformers' own loss, of the case with all logits, is formed in float32.
+            near = pytest.approx(before.get(key), abs=10 * bound, rel=2 * torch.finfo(torch.float32).eps)
+            assert after.get(key) == near, key
     records = [json.loads((folder / "run.json").read_text()) for folder in (place / "one" / name, two.folder / name)]
     assert [record["processes"] for record in records] == [1, 2]
     for key in ("trainable_parameters", "total_parameters", "rows_seen", "tokens_seen", "loss_tokens_seen", "steps"):
