@@ -146,6 +146,7 @@ def test_a_streamed_run_learns_and_counts(config: dict[str, Any]) -> None:
     assert record["last_loss"] < record["first_loss"] - 0.5
     assert record["rows_seen"] == 48
     assert record["stream"]["passes"] == 1
+    assert record["epochs"] is None
     assert record["stream"]["rows_read"] >= 48
     assert json.loads((config["out"] / "run.json").read_text(encoding="utf-8"))["batching"]["way"] == "streamed"
 
