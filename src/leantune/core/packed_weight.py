@@ -66,14 +66,15 @@ def steady(model: nn.Module) -> int:
     evaluation and not in training, so that the model evaluated is not the one trained. On a GPU neither happens.
     """
     changed = 0
-    module: Any
     for module in model.modules():
-        if isinstance(module, _classes("Linear4bit")) and module.weight.device.type == "cpu":
-            changed += bool(module.support_avx512bf16_for_cpu)
-            module.support_avx512bf16_for_cpu = False
-        elif type(module) in _classes("Linear8bitLt") and module.weight.device.type == "cpu":
-            module.__class__ = _weight_only(type(module))
-            module.train()
+        layer: Any = module
+        kind: Any = type(module)
+        if isinstance(module, _classes("Linear4bit")) and layer.weight.device.type == "cpu":
+            changed += bool(layer.support_avx512bf16_for_cpu)
+            layer.support_avx512bf16_for_cpu = False
+        elif kind in _classes("Linear8bitLt") and layer.weight.device.type == "cpu":
+            layer.__class__ = _weight_only(kind)
+            layer.train()
             changed += 1
     return changed
 
