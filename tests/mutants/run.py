@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from faults import FAULTS
 from harness import HarnessError, Project, Verdict, run
+from mutant import FAULTS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = Project(root=ROOT, source=ROOT / "src", package="leantune")

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from faults import FAULTS
 from harness import Fault, HarnessError, Project, check, judge, run
+from mutant import FAULTS
 from run import PROJECT
 
 CODE = '''"""Adds."""

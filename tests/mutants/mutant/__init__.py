@@ -1,0 +1,32 @@
+"""The planted faults: what a tired programmer, a wrong merge or a clever optimisation could do to this code."""
+
+from __future__ import annotations
+
+from harness import Fault
+
+from mutant.data import BATCH_FAULTS, ROW_FAULTS
+from mutant.file import FILE_FAULTS, HUB_FAULTS
+from mutant.method import KERNEL_FAULTS, LAYER_FAULTS, PACKED_FAULTS, REFERENCE_FAULTS
+from mutant.selection import CALIBRATION_FAULTS, CHOICE_FAULTS
+from mutant.structure import CONVOLUTION_FAULTS, EXPERT_FAULTS, STRUCTURE_FAULTS
+from mutant.training import PROCESS_FAULTS, RESUME_FAULTS, RUN_FAULTS, TRAINING_FAULTS
+
+FAULTS: tuple[Fault, ...] = (
+    *KERNEL_FAULTS,
+    *LAYER_FAULTS,
+    *PACKED_FAULTS,
+    *REFERENCE_FAULTS,
+    *STRUCTURE_FAULTS,
+    *EXPERT_FAULTS,
+    *CONVOLUTION_FAULTS,
+    *CHOICE_FAULTS,
+    *CALIBRATION_FAULTS,
+    *TRAINING_FAULTS,
+    *RESUME_FAULTS,
+    *PROCESS_FAULTS,
+    *RUN_FAULTS,
+    *ROW_FAULTS,
+    *BATCH_FAULTS,
+    *FILE_FAULTS,
+    *HUB_FAULTS,
+)
