@@ -201,6 +201,12 @@ def test_known_families_are_not_traced() -> None:
         assert config.traced is None
 
 
+def test_layers_that_the_table_knows_need_no_trace_of_the_rest() -> None:
+    config = S2FTConfig(target_modules=["dense_4h_to_h"])
+    get_peft_model(unknown_models.model("bloom"), config)
+    assert config.traced is None
+
+
 def test_heads_are_whole_also_where_they_are_fused_by_group() -> None:
     model = wrap("falcon", heads=3, target_modules=["query_key_value", "self_attention.dense"])
     for path, layer in layers_of(model).items():

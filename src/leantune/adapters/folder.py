@@ -116,9 +116,9 @@ def describe_adapter(model: PeftModel, adapter_name: str, base: BaseModel | None
 
 
 def _head(model: PeftModel, config: PeftConfig) -> dict[str, Any]:
-    base_config: Any = model.get_base_model().config
     if task_type(model, config) != "SEQ_CLS" and task_of(model.get_base_model()) != "image-classification":
         return {}
+    base_config: Any = model.get_base_model().config
     return {"num_labels": base_config.num_labels, "problem_type": base_config.problem_type}
 
 
