@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from leantune.core.atomic import new_folder, recover, write_bytes, write_json, write_text
+from leantune.core import atomic
+from leantune.core.atomic import is_left_over, naming, new_folder, recover, sweep, write_bytes, write_json, write_text
 
 # Dies (no cleanup, as by SIGKILL) at the n-th call that changes or flushes a file; exits 0 when there are fewer.
 _VICTIM = """
@@ -158,3 +160,78 @@ def test_json_is_readable_by_people(tmp_path: Path) -> None:
 def test_recover_of_what_was_never_there_does_nothing(tmp_path: Path) -> None:
     recover(tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def gone() -> int:
+    """The number of a process that is gone."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_next_writer_clears_away_what_a_dead_one_left_and_nobody_elses(tmp_path: Path, gone: int) -> None:
+    here = atomic._place()
+    names = {
+        "dead": f".a.txt.tmp-{gone}-{here}",
+        "alive": f".a.txt.tmp-{os.getppid()}-{here}",
+        "own": f".a.txt.tmp-{os.getpid()}-{here}",
+        "elsewhere": f".a.txt.tmp-{gone}-0123abcd",
+        "forgotten": f".a.txt.tmp-{gone}-0123abce",
+        "another": f".b.txt.tmp-{gone}-{here}",
+        "stranger": ".a.txt.tmp-notes",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("half", encoding="utf-8")
+    os.utime(tmp_path / names["forgotten"], (0, 0))
+    left_over = {key for key, name in names.items() if is_left_over(tmp_path / name)}
+    assert left_over == {"dead", "forgotten", "another"}
+    # Writing takes the name of its own process, so that one goes with it.
+    write_text(tmp_path / "a.txt", "whole")
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"a.txt", *(names[key] for key in ("alive", "elsewhere", "another", "stranger"))}
+    sweep(tmp_path)
+    assert names["another"] not in {path.name for path in tmp_path.iterdir()}
+    sweep(tmp_path / "absent")
+
+
+def test_a_folder_of_a_dead_writer_goes_too(tmp_path: Path, gone: int) -> None:
+    half = tmp_path / f".run.tmp-{gone}-{atomic._place()}"
+    half.mkdir()
+    (half / "a.txt").write_text("half", encoding="utf-8")
+    with new_folder(tmp_path / "run") as folder:
+        (folder / "a.txt").write_text("whole", encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_rename_that_fails_leaves_the_old_folder_in_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "run"
+    with new_folder(target) as folder:
+        (folder / "a.txt").write_text("old", encoding="utf-8")
+    genuine, calls = os.replace, []
+
+    def failing(source: Path, to: Path) -> None:
+        calls.append(to)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "planted")
+        genuine(source, to)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="planted") as caught, new_folder(target) as folder:
+        (folder / "a.txt").write_text("new", encoding="utf-8")
+    assert caught.value.filename == str(target), "the error names what was being written"
+    assert _contents(target) == {"a.txt": "old"}
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_error_names_the_file_that_was_meant(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full") as caught, naming(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "full")
+    assert caught.value.filename == str(tmp_path / "a.txt")
+    with pytest.raises(OSError, match="full") as caught, naming(tmp_path / "a.txt"):
+        raise OSError(errno.ENOSPC, "full", "/another/file")
+    assert caught.value.filename == "/another/file"
+    assert not atomic.is_running("torn")
+    assert atomic.is_running(f"{os.getppid()}-{atomic._place()}")

@@ -79,9 +79,13 @@ def main(model: str, data: str, out: str, rounds: int, seed: int) -> None:
         "overwrite": True,
         "device": "cpu",
     }
+    # How long a run takes on this machine now: kills are to fall into all of it, and some behind its end.
+    began = time.monotonic()
+    fit(RunConfig(**{**settings, "out": folder.with_name("measured")}), progress=False)
+    whole = time.monotonic() - began
     had_adapter = False
     for _ in range(rounds):
-        kill_after(dice.uniform(0.05, 2.5), settings)
+        kill_after(dice.uniform(0.05, 2.5) * whole, settings)
         found = look(folder)
         print(found, flush=True)
         if had_adapter and not found.startswith("adapter"):

@@ -62,6 +62,9 @@ def train(
     killed leaves its last good state there, and `leantune train --resume FOLDER` goes on from it.
     """
     resume = resume or resume_anyway
+    if resume and dry_run:
+        do = "drop --dry-run: what does not fit is refused before anything is written"
+        raise ConfigError(describe("--dry-run", "with --resume", "one of them", do))
     config = configuration(recipe, settings or [], given, resume=resume)
     if dry_run and resume:
         do = "drop one of the two; leantune train --resume says itself what it would refuse"

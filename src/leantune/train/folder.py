@@ -75,7 +75,10 @@ def check_vacant(folder: Path, overwrite: bool) -> None:
     if not overwrite and result_folder(folder) is not None:
         raise RunError(
             describe(
-                str(folder), "holds a run already", "a new or empty folder", "choose another out, or set overwrite"
+                str(folder),
+                "holds a run already",
+                "a new or empty folder",
+                "choose another out, set overwrite, or go on with --resume",
             )
         )
 
