@@ -137,7 +137,7 @@ def model_index(summary: dict[str, Any], repo_id: str) -> list[dict[str, Any]] |
     results = []
     for path, found in ((summary.get("evaluation") or {}).get("files") or {}).items():
         tuned = found.get("tuned") or {}
-        task, title = kinds.get(tuned.get("task"), ("text-classification", "Text classification"))
+        task, title = kinds.get(tuned.get("task", ""), ("text-classification", "Text classification"))
         metrics = [
             {"type": name, "name": score.get("title", name), "value": round(score["value"], 6)}
             for name, score in (tuned.get("metrics") or {}).items()

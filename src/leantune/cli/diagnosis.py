@@ -176,7 +176,7 @@ def _has_nvidia() -> bool:
 
 
 def _cpu(torch: Any) -> Iterator[Finding]:
-    able = getattr(torch.cpu, "get_capabilities", dict)()
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     shown = {"avx2": "AVX2", "avx512_f": "AVX512", "avx512_vnni": "VNNI", "avx512_bf16": "AVX512-BF16"}
     shown |= {"amx_tile": "AMX", "amx_bf16": "AMX-BF16", "neon": "NEON", "sve": "SVE", "bf16": "BF16"}
     names = [title for key, title in shown.items() if able.get(key)]
@@ -222,8 +222,8 @@ def check_models() -> Iterator[Finding]:
     if os.access(nearest, os.W_OK):
         yield Finding("models", "cache", "ok", str(cache))
     else:
-        fix = f"set {embedded.CACHE_VARIABLE} to a folder of yours"
-        yield Finding("models", "cache", "warning", f"{cache}: {nearest} cannot be written", fix)
+        elsewhere = f"set {embedded.CACHE_VARIABLE} to a folder of yours"
+        yield Finding("models", "cache", "warning", f"{cache}: {nearest} cannot be written", elsewhere)
     folder = embedded.converted_folder()
     if all((folder / name).is_file() for name in embedded.FILES):
         size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6

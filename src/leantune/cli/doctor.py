@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from leantune.cli.command import console, one_command
-from leantune.cli.diagnosis import CHECKS, Finding, Registration, examine
+from leantune.cli.diagnosis import CHECKS, Check, Finding, Registration, examine
 
 _STYLES = {"ok": "green", "note": "dim", "warning": "yellow", "missing": "bold red"}
 
@@ -30,7 +30,9 @@ def doctor(
     Being offline is no fault. The exit code is 0 when training would work, and 1 when something is missing that it
     needs.
     """
-    checks = dict(CHECKS) if quick else {**CHECKS, "methods": Registration()}
+    checks: dict[str, Check] = dict(CHECKS)
+    if not quick:
+        checks["methods"] = Registration()
     found = []
     out, heading = console(), None
     for finding in examine(checks):

@@ -42,7 +42,9 @@ Key = TypeVar("Key", bound=Hashable)
 class ActivationSource(Protocol):
     """A place in the model where an activation can be read."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the sums: of what ``add`` is called with."""
 
     def listen(self, add: Callable[[Tensor], None], kept: Callable[[nn.Module, Tensor], Tensor]) -> RemovableHandle:
         """Call ``add`` with the squares, summed over tokens, of each forward; ``kept(module, x)`` are x's tokens."""
@@ -174,7 +176,7 @@ class Calibration:
                         _checkpoint_in_evaluation(module, stack)
                     inside.update(module.modules())
                 config = getattr(module, "config", None)
-                if getattr(config, "use_cache", None):
+                if config is not None and getattr(config, "use_cache", None):
                     # Recomputing a layer would write to its cache twice.
                     stack.callback(setattr, config, "use_cache", True)
                     config.use_cache = False
@@ -317,7 +319,8 @@ def _checkpoint_in_evaluation(layer: Any, stack: ExitStack) -> None:
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped = getattr(model, "get_base_model", None)
+    base: nn.Module = model if unwrapped is None else unwrapped()
     return base
 
 

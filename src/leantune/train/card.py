@@ -38,6 +38,7 @@ def _counts(summary: dict[str, Any]) -> dict[str, Any]:
 def _settings(summary: dict[str, Any]) -> dict[str, Any]:
     config, data = summary["config"], _counts(summary)
     options = ", ".join(f"{name}={value}" for name, value in config["method_options"].items())
+    unit = "packs" if config["packing"] else "rows"
     return {
         "method": summary["method"]["title"],
         "options": options or "defaults",
@@ -45,7 +46,7 @@ def _settings(summary: dict[str, Any]) -> dict[str, Any]:
         "training rows": f"{data['rows']:,} ({data['loss_tokens']:,} of {data['total_tokens']:,} tokens carry loss)",
         "cut rows": f"{data['truncated']:,} at {config['max_length']} tokens",
         "data hash": data["hash"],
-        "batch": f"{config['batch_size']} {'packs' if config['packing'] else 'rows'} x {config['gradient_accumulation']}",
+        "batch": f"{config['batch_size']} {unit} x {config['gradient_accumulation']}",
         "learning rate": f"{config['lr']:g}, {config['schedule']}, warm-up {config['warmup_ratio']:g} of the steps",
         "seed": config["seed"],
         "trained parameters": f"{summary['trainable_parameters']:,} of {summary['total_parameters']:,}",
