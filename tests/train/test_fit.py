@@ -198,13 +198,17 @@ def test_gradient_checkpointing_changes_no_number(config: dict[str, Any], tmp_pa
 
 
 def poison_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training diverges: from that step on the adapter holds a NaN."""
+    """Training diverges: from that step on the adapter holds a NaN, in the last of its parameters.
+
+    One in a query would not always be seen in the loss: torch's attention on a CPU with AVX512 gives zeros for a NaN
+    in rows of less than 16 tokens. The gradient norm shows it there, one check later.
+    """
     genuine = LeanTrainer.training_step
 
     def poisoned(trainer: LeanTrainer, model: Any, *arguments: Any, **keywords: Any) -> Any:
         if trainer.state.global_step + 1 == step:
             with torch.no_grad():
-                next(each for each in model.parameters() if each.requires_grad)[0, 0] = float("nan")
+                [each for each in model.parameters() if each.requires_grad][-1][0, 0] = float("nan")
         return genuine(trainer, model, *arguments, **keywords)
 
     monkeypatch.setattr(LeanTrainer, "training_step", poisoned)
