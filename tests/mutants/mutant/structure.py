@@ -7,7 +7,6 @@ from harness import Fault
 STRUCTURE = "leantune/methods/structure.py"
 EXPERT = "leantune/methods/_expert.py"
 
-STRUCTURE_TESTS = "tests/methods/test_structure.py"
 TRACER_TESTS = "tests/methods/test_tracer.py"
 EXPERT_TESTS = "tests/methods/test_expert.py"
 UNKNOWN_TESTS = "tests/methods/test_unknown_models.py"
@@ -19,8 +18,7 @@ STRUCTURE_FAULTS = (
         'Part(path, "up", "out", out // 2, 1, half * (out // 2), width_in)',
         'Part(path, "up", "out", out // 2, 1, half * (out // 4), width_in)',
         "in Phi-3 the gate of one channel trains with the up projection of another",
-        (f"{STRUCTURE_TESTS}::test_a_unit_is_what_the_activation_between_needs",),
-        "phi3",
+        (f"{TRACER_TESTS}::test_the_trace_finds_what_the_table_says[phi3]",),
     ),
     Fault(
         "heads of a fused layer taken for blocks of query, key and value",
@@ -28,8 +26,7 @@ STRUCTURE_FAULTS = (
         "parts = [part(name, layout.heads, number * d, 3 * d) for number, name in enumerate(names)]",
         "parts = [part(name, layout.heads, number * layout.heads * d) for number, name in enumerate(names)]",
         "in GPT-NeoX the query rows of a head are keys and values of others",
-        (f"{STRUCTURE_TESTS}::test_a_unit_is_what_the_activation_between_needs",),
-        "neox",
+        (f"{TRACER_TESTS}::test_the_trace_finds_what_the_table_says[neox]",),
     ),
     Fault(
         "query heads of a group taken in steps",
