@@ -146,6 +146,7 @@ def test_a_fresh_adapter_is_the_base_bit_for_bit(family: str, dtype: torch.dtype
 def test_training_touches_the_slices_alone() -> None:
     model = wrapped(dtype=torch.float32, begun=False).train()
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    assert all(".s2ft_" in name for name in trained(model)), "no router"
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2, weight_decay=0.1)
     losses = []
     for _ in range(4):
@@ -344,6 +345,9 @@ def test_copies() -> None:
     model.set_adapter("ref")
     assert_same(logits(model), expected, "a reference adapter")
     assert_same(logits(twin), expected, "a deep copy")
+    for layer in expert_layers(model).values():
+        for name, own in layer.slices("ref").items():
+            assert own.index.data_ptr() != layer.slices("default")[name].index.data_ptr(), "a file may move one of them"
     with torch.no_grad():
         for value in twin.state_dict().values():
             value.zero_()
