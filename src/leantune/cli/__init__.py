@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -55,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     name = words.pop(0)
     if name not in COMMANDS:
         _fail(f"leantune {name}: no such command; {did_you_mean(name, COMMANDS)}", code=2)
-    _quiet_third_parties()
     try:
         require("typer", "train")
         command = importlib.import_module(COMMANDS[name][0]).command(words)
@@ -75,14 +73,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
         _fail(f"{type(error).__name__}: {error}; --debug shows where")
     sys.exit(0)
-
-
-def _quiet_third_parties() -> None:
-    """Warnings of libraries about each other, which a user can do nothing about."""
-    # PEFT 0.21 asks a transformers 5.23 model by a name that goes in transformers 6.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    # accelerate 1.15 hands torch 2.13 the older name of a switch.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
 
 
 def _fail(text: str, code: int = 1) -> NoReturn:
