@@ -111,6 +111,7 @@ def summary_of_a_run(**changes: Any) -> dict[str, Any]:
         "config": {
             "data": "data/e2e.jsonl",
             "method_options": {"heads": 1},
+            "packing": False,
             "task": "causal-lm",
             "max_length": 64,
             "batch_size": 8,
