@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import ViTImageProcessorPil
+
+import tiny as tiny_models
+from leantune.data import data_hash
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -73,6 +80,16 @@ def test_bad_lines_of_a_prompt_file_are_all_named(trained: Path, tmp_path: Path,
     assert "prompts.jsonl:3" in err
 
 
+def test_inspect_model_of_images(tmp_path: Path, leantune: Command) -> None:
+    tiny_models.model("vit", torch.float32).save_pretrained(tmp_path / "vit")
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    code, out, _ = leantune("inspect", "model", tmp_path / "vit")
+    assert code == 0
+    for line in (r"image size +8", r"patch size +4", r"ViTForImageClassification", r"attention, .*heads"):
+        assert re.search(line, out), line
+    assert "pad token" not in out
+
+
 @pytest.mark.parametrize("name", ["generate", "eval", "merge", "export"])
 def test_a_folder_that_is_no_run_is_one_line(name: str, tmp_path: Path, leantune: Command) -> None:
     more = {"generate": ["--prompt", "a"], "eval": ["--data", "x"]}.get(name, ["--out", tmp_path / "out"])
@@ -95,6 +112,24 @@ def test_eval_shows_both_models_and_writes_the_record(trained: Path, rows: Path,
     assert scores["difference"]["loss"]["value"] == pytest.approx(gain, abs=1e-12)
     assert after["base"] == before["base"]
     assert after["config"] == before["config"]
+
+
+def test_eval_of_the_folder_trained_on_records_the_files_it_scored(
+    trained: Path, rows: Path, tmp_path: Path, leantune: Command
+) -> None:
+    """A folder holds rows to train on and others to evaluate on; the hash is that of the ones that were scored."""
+    lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
+    run, folder = tmp_path / "run", tmp_path / "set"
+    folder.mkdir()
+    for name, part in (("train.jsonl", lines[:8]), ("validation.jsonl", lines[8:])):
+        (folder / name).write_text("".join(part), encoding="utf-8")
+    shutil.copytree(trained, run)
+    record = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    record["config"]["data"] = folder.as_posix()
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    assert leantune("eval", run, "--data", folder, "--metrics", "loss")[0] == 0
+    after = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    assert after["evaluation"]["files"][folder.as_posix()]["hash"] == data_hash(folder, split="validation")
 
 
 def test_eval_as_json_with_some_metrics(trained: Path, rows: Path, leantune: Command) -> None:

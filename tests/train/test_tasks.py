@@ -34,12 +34,12 @@ from transformers import (
 )
 
 from leantune.adapters import merge_run
-from leantune.core.errors import DataError, LeantuneError, MethodError
-from leantune.data import read_rows
+from leantune.core.errors import ConfigError, DataError, LeantuneError, MethodError
+from leantune.data import ImageCollator, read_rows
 from leantune.evaluate import evaluate
-from leantune.models import load_base
+from leantune.models import facts, load_base
 from leantune.testing.closeness import assert_close
-from leantune.train import Run, RunConfig, fit
+from leantune.train import Run, RunConfig, dry_run, fit
 from leantune.train.head import head_modules
 from leantune.train.listener import MaskingEpoch
 from leantune.train.record import read_metrics
@@ -271,6 +271,19 @@ def test_masked_training_stops_and_goes_on_as_if_it_had_not(folders: Any, texts:
         assert torch.equal(dict(prepared.model.named_parameters())[name], parameter), name
 
 
+def test_slices_are_chosen_from_hidden_tokens_and_from_images(
+    folders: Any, texts: Path, image_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    for base, data, task in (
+        (folders("bert-masked"), texts, "masked-lm"),
+        (image_base, pictures, "image-classification"),
+    ):
+        config = settings(base, data, tmp_path / task, task, max_steps=1)
+        options = {**config.method_options, "selection": "gradient"}
+        run = fit(RunConfig(**{**config.model_dump(), "method_options": options}), progress=False)
+        assert run.summary["calibration"]["rows"] == 16
+
+
 def test_the_epoch_reaches_the_hidden_tokens_without_a_loader() -> None:
     """accelerate tells a data set its epoch in one process alone."""
 
@@ -298,6 +311,37 @@ def test_images_of_a_folder_a_class(image_base: Path, pictures: Path, tmp_path: 
     rows = read_rows(pictures)
     found = evaluate(run.model, run.tokenizer, rows, task="image-classification", label_names=["blue", "red"])
     assert found.value("accuracy") == 100.0
+
+
+def test_a_dry_run_counts_images_without_reading_them(
+    image_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> dict[str, Any]:
+        pytest.fail("a batch of images was read")
+
+    monkeypatch.setattr(ImageCollator, "__call__", read)
+    options = {"max_steps": None, "epochs": 1.5, "batch_size": 6}
+    steps = dry_run(settings(image_base, pictures, tmp_path / "run", "image-classification", **options))["steps"]
+    assert (steps["batches_an_epoch"], steps["counted_batches"], steps["rows"]) == (3, 3, 16)
+    assert (steps["tokens"], steps["computed_positions"], steps["padding_share"]) == (16, 16, 0.0)
+    assert steps["steps"] == 5
+
+
+def test_images_have_no_chat_template(image_base: Path, pictures: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages }}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^chat_template: .*chat\.jinja with task image-classification, .* no tok"):
+        settings(image_base, pictures, tmp_path / "run", "image-classification", chat_template=template)
+
+
+def test_facts_of_an_image_model(image_base: Path) -> None:
+    found = facts(image_base)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["architecture"], found["image_size"], found["patch_size"]) == ("ViTForImageClassification", 16, 8)
+    assert [found[name] for name in ("vocab", "chat_template", "pad_token", "pad_note")] == [None] * 4
+    assert found["parameters"] == load_base(image_base, task="image-classification").model.num_parameters()
+    assert not found["tied_embeddings"]
+    assert {"q_proj", "fc2", "classifier"} <= {row["name"] for row in found["modules"]}
 
 
 def test_images_of_a_file_of_rows(image_base: Path, pictures: Path, tmp_path: Path) -> None:

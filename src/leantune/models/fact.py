@@ -52,18 +52,21 @@ def facts(
     Returns:
         A dict that JSON can hold: ``name``, ``source``, ``note``, ``architecture``, ``model_type``, ``layers``,
         ``hidden``, ``intermediate``, ``heads``, ``kv_heads``, ``head_dim``, ``vocab``, ``max_length`` (tokens),
-        ``parameters`` (tied weights once), ``tied_embeddings``, ``file_bytes`` (dtype or GGUF type -> bytes; empty
-        where the Hub does not tell), ``float32_bytes`` (in memory), ``chat_template``, ``pad_token``, ``pad_note``,
-        and ``modules``: the linear modules by leaf name, each ``{name, kind, count, out, in, bias, parameters}``. A
-        number that the config does not have is None.
+        ``image_size`` and ``patch_size`` (pixels), ``parameters`` (tied weights once), ``tied_embeddings``,
+        ``file_bytes`` (dtype or GGUF type -> bytes; empty where the Hub does not tell), ``float32_bytes`` (in memory),
+        ``chat_template``, ``pad_token``, ``pad_note``, and ``modules``: the linear modules by leaf name, each
+        ``{name, kind, count, out, in, bias, parameters}``. A number that the config does not have is None, and so is
+        what a tokenizer would tell of a model that has none, as of one that sees images.
 
     Raises:
         ModelError: the model cannot be found or read.
     """
     location = locate(name, revision=revision, progress=progress)
     with reading(location, progress):
-        tokenizer, pad_note = read_tokenizer(location, trust_remote_code)
         config = read_config(location, trust_remote_code)
+        tokenizer = pad_note = None
+        if not _sees_images(config):
+            tokenizer, pad_note = read_tokenizer(location, trust_remote_code)
     skeleton = _skeleton(config, location, trust_remote_code)
     parameters = sum(parameter.numel() for parameter in skeleton.parameters())
     return {
@@ -76,11 +79,19 @@ def facts(
         "tied_embeddings": _has_tied_embeddings(skeleton),
         "file_bytes": _file_bytes(location),
         "float32_bytes": 4 * parameters,
-        "chat_template": bool(getattr(tokenizer, "chat_template", None)),
-        "pad_token": tokenizer.pad_token,
+        "chat_template": None if tokenizer is None else bool(getattr(tokenizer, "chat_template", None)),
+        "pad_token": None if tokenizer is None else tokenizer.pad_token,
         "pad_note": pad_note,
         "modules": linear_modules(skeleton),
     }
+
+
+def _sees_images(config: Any) -> bool:
+    """Whether a model reads images and no text: it has no tokenizer."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+    has_words = getattr(config.get_text_config(), "vocab_size", None) is not None
+    return config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES and not has_words
 
 
 def bare_model(
@@ -139,6 +150,8 @@ def _dimensions(config: Any) -> dict[str, Any]:
         "kv_heads": number("num_key_value_heads") or heads,
         "head_dim": number("head_dim") or (hidden // heads if hidden and heads else None),
         "vocab": number("vocab_size"),
+        "image_size": number("image_size"),
+        "patch_size": number("patch_size"),
         "max_length": number("max_position_embeddings"),
     }
 

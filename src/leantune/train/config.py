@@ -200,6 +200,9 @@ class RunConfig(BaseModel):
             got = f"{self.eval_share:g} beside eval_data {self.eval_data.as_posix()}"
             do = "drop eval_share to evaluate on the file, or eval_data to hold rows out"
             found.append(describe("eval_share", got, "one set of rows to evaluate on", do))
+        if self.chat_template is not None and self.task == "image-classification":
+            got = f"{self.chat_template.as_posix()} with task {self.task}, whose models have no tokenizer"
+            found.append(describe("chat_template", got, "a task with text", "leave it out"))
         if self.quantization != "none" and not self.chosen_method.is_adapter:
             got = f"'{self.quantization}' with method {self.method}, which trains the base weights themselves"
             found.append(describe("quantization", got, "an adapter beside packed weights", "choose s2ft or lora"))
