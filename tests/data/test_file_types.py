@@ -13,10 +13,12 @@ import datasets
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from leantune.core.errors import DataError
-from leantune.data import data_hash, iter_rows, read_rows
+from leantune.data import data_hash, encode_images, iter_rows, read_rows
 from leantune.data.hub import HubId, parse_id
+from leantune.data.image import open_image
 from leantune.data.source import Source, read_source
 
 GOOD = {"prompt": "Facts: a", "completion": "A."}
@@ -286,6 +288,37 @@ def test_a_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == [("owner/name", None, {"split": "train"}), ("owner/name", "sub", {"split": "test"})]
     assert data_hash("owner/name") == data_hash("owner/name:train") != data_hash("owner/name:test")
     assert "owner/name:none: Unknown split" in message_of("owner/name:none")
+
+
+def test_images_of_the_hub_come_as_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(path: str, name: str | None = None, **options: Any) -> Any:
+        return datasets.Dataset.from_dict(
+            {"image": [picture((200, 0, 0)), picture((0, 0, 200))], "label": [0, 1]},
+            features=datasets.Features(
+                {"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "blue"])}
+            ),
+        )
+
+    def picture(colour: tuple[int, int, int]) -> dict[str, Any]:
+        file = io.BytesIO()
+        Image.new("RGB", (4, 4), colour).save(file, "PNG")
+        return {"bytes": file.getvalue(), "path": None}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.chdir(tmp_path)
+    encoded = encode_images(read_rows("owner/pictures"))
+    assert open_image(encoded[1]["image"]).getpixel((0, 0)) == (0, 0, 200)
+    # Twice the same, not where an object happens to lie in memory.
+    assert data_hash("owner/pictures") == data_hash("owner/pictures")
+
+
+def test_an_image_in_another_class_is_other_data(tmp_path: Path) -> None:
+    for name in ("blue", "red"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4), name).save(tmp_path / name / f"{name}.png")
+    before = data_hash(tmp_path)
+    (tmp_path / "red" / "red.png").rename(tmp_path / "blue" / "red.png")
+    assert data_hash(tmp_path) != before
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,8 @@ def test_rows_are_drawn_by_the_seed_within_bounds() -> None:
     assert draw_rows(rows, 0.01, seed=0) == draw_rows(rows, 0.01, seed=0) != draw_rows(rows, 0.01, seed=1)
     # A stream cannot be drawn from.
     assert draw_rows(iter(rows), 0.01, seed=0) == rows[:32]
+    packs = ({"documents": rows[first : first + 5]} for first in range(0, 100, 5))
+    assert draw_rows(packs, 0.01, seed=0) == rows[:32]
 
 
 @pytest.mark.parametrize("selection", ["activation", "product", "gradient"])

@@ -56,15 +56,26 @@ def _written(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_stream_leaves_the_same_rows_out(llama_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+def test_a_stream_leaves_the_same_rows_out(
+    llama_folder: Path, rows_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = config_of(llama_folder, rows_file, tmp_path, eval_share=0.3)
     stream = config_of(llama_folder, rows_file, tmp_path, eval_share=0.3, streaming=True, max_steps=2)
     read, begun = read_data(plain), read_data(stream)
     assert list(streamed(stream)) == read.train
     assert begun.evaluation == read.evaluation
     assert begun.train == read.train[:1]
+    with monkeypatch.context() as patch:
+        patch.setattr("leantune.train.rows.read_source", lambda *_, **__: pytest.fail("all rows were held"))
+        assert held_out(stream) == read.evaluation
     with pytest.raises(DataError, match=r"eval_share 1e-06 holds out no row"):
         read_data(config_of(llama_folder, rows_file, tmp_path, eval_share=1e-6, streaming=True, max_steps=2))
+
+
+def test_a_stream_without_rows_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    data = _written(tmp_path / "blank.jsonl", "\n\n")
+    with pytest.raises(DataError, match="no rows; at least one row"):
+        read_data(config_of(tmp_path, data, tmp_path, streaming=True, max_steps=2))
 
 
 def test_a_folder_gives_each_its_split(llama_folder: Path, rows_file: Path, tmp_path: Path) -> None:

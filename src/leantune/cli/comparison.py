@@ -121,16 +121,21 @@ def _style(difference: Score, higher_is_better: bool) -> str:
     return "green" if (difference.low > 0) == higher_is_better else "red"
 
 
-def note(run: Run, data: Path, comparison: Comparison) -> None:
-    """Write the comparison into the run's run.json, under ``evaluation``, beside what is there already."""
+def note(run: Run, data: Path, comparison: Comparison, split: str = "validation") -> None:
+    """Write the comparison into the run's run.json, under ``evaluation``, beside what is there already.
+
+    Args:
+        run: the run.
+        data: what was scored on.
+        comparison: the scores.
+        split: of a folder, the files that were scored.
+    """
     from leantune.data import data_hash
 
     path = run.folder / "run.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(run.summary)
     evaluation = summary.get("evaluation") or {}
     files = evaluation.get("files") or {}
-    # Of a folder, the files that were scored: those to train on where the run held rows of them out.
-    split = "train" if data == run.config.data else "validation"
     files[data.as_posix()] = {"hash": data_hash(data, split=split), **comparison.to_dict()}
     summary["evaluation"] = {**evaluation, "files": files}
     atomic.write_json(path, summary)

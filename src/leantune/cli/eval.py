@@ -50,15 +50,15 @@ def evaluate_run(
     from leantune.train.rows import held_out
 
     opened = Run.open(run)
-    chosen = data or opened.config.eval_data
+    chosen, split = data or opened.config.eval_data, "validation"
     if chosen is not None:
         asked = {"format": form, "columns": columns}
         if form is None and columns is None:
             asked = {"format": opened.config.format, "columns": opened.config.columns}
-        rows = read_rows(chosen, split="validation", limit=limit, **asked)
+        rows = read_rows(chosen, split=split, limit=limit, **asked)
     elif opened.config.eval_share is not None:
         # The run held rows of its own file out; they are found again by their hash.
-        chosen, rows = opened.config.data, held_out(opened.config)[:limit]
+        chosen, split, rows = opened.config.data, "train", held_out(opened.config)[:limit]
     else:
         raise ConfigError(
             describe("--data", "missing", "rows to score on; the run has no eval_data", "give --data FILE")
@@ -77,7 +77,7 @@ def evaluate_run(
             progress=progress,
         )
     if limit is None:
-        note(opened, chosen, found)
+        note(opened, chosen, found, split)
     if as_json:
         typer.echo(json.dumps({"data": chosen.as_posix(), "note": base.note, **found.to_dict()}, indent=2))
         return

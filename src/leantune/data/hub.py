@@ -58,7 +58,7 @@ def _load(found: HubId) -> Any:
     from datasets.exceptions import DatasetsError
 
     try:
-        return datasets.load_dataset(found.repository, found.config, split=found.split or _SPLIT)
+        rows = datasets.load_dataset(found.repository, found.config, split=found.split or _SPLIT)
     except (DatasetsError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ConnectionError):
@@ -70,3 +70,8 @@ def _load(found: HubId) -> Any:
         else:
             wanted, do = "a configuration and split that it has", "write owner/name/config:split"
         raise DataError(describe(str(found), reason, wanted, do)) from error
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Image):
+            # The file as it is: decoded, it would be an object that has no content to hash and nothing to read again.
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows

@@ -200,7 +200,7 @@ def iter_rows(
 
 
 def data_hash(path: Path | str, *, split: str = "train") -> str:
-    """``sha256:<hex>`` of a file's bytes; of a folder, of its files' names and bytes; else of the rows.
+    """``sha256:<hex>`` of a file's bytes; of a folder, of its files' paths in it and bytes; else of the rows.
 
     Args:
         path: as of :func:`read_rows`.
@@ -211,7 +211,9 @@ def data_hash(path: Path | str, *, split: str = "train") -> str:
     location = locate(path, split=split)
     digest = hashlib.sha256()
     for file in location.files:
-        digest.update(f"{file.name}\n{_hash_of_file(file).hexdigest()}\n".encode())
+        # Of images the folder is the class.
+        name = file.relative_to(location.name).as_posix()
+        digest.update(f"{name}\n{_hash_of_file(file).hexdigest()}\n".encode())
     if location.hub is not None:
         for record in hub.records(location.hub):
             digest.update(json.dumps(record.columns, sort_keys=True, default=str).encode() + b"\n")

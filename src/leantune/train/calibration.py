@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leantune.data.packing import DOCUMENTS
 from leantune.methods._initialization import initialize
 from leantune.train.config import RunConfig
 from leantune.train.trainer import LeanTrainer
@@ -27,7 +28,8 @@ def calibrate(config: RunConfig, trainer: LeanTrainer, rows: Any, say: Callable[
     Args:
         config: the settings.
         trainer: of the run, before it trains.
-        rows: the encoded training rows; of a stream, which cannot be drawn from, the first ones are taken.
+        rows: the training rows as the collator takes them, not packed; of a stream, which cannot be drawn from, the
+            first ones are taken, out of their packs.
         say: shows a line.
 
     Returns:
@@ -59,9 +61,9 @@ def calibrate(config: RunConfig, trainer: LeanTrainer, rows: Any, say: Callable[
 def draw_rows(rows: Any, share: float, seed: int) -> list[Any]:
     """``share`` of the rows, drawn by the seed: at least 32, at most 512, and no more than there are."""
     if not hasattr(rows, "__len__"):
-        return list(islice(iter(rows), LEAST_ROWS))
+        return list(islice((row for each in rows for row in each.get(DOCUMENTS, [each])), LEAST_ROWS))
     total = len(rows)
     count = min(max(round(share * total), LEAST_ROWS), MOST_ROWS, total)
     # A generator of its own. Longer rows first: where memory does not suffice, it is known at once.
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    return sorted((rows[number] for number in order), key=lambda row: -len(row["input_ids"]))
+    return sorted((rows[number] for number in order), key=lambda row: -len(row.get("input_ids", ())))

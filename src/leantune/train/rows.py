@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from leantune.core.errors import DataError, describe
-from leantune.data import Row, find_label_names
-from leantune.data.problem import Problems
+from leantune.data import Row, find_label_names, iter_rows
 from leantune.data.report import glued
 from leantune.data.source import Source, read_source
 from leantune.data.split import is_held_out, split_rows
@@ -60,11 +59,7 @@ def streamed(config: RunConfig) -> Iterator[Row]:
 
 
 def _every(config: RunConfig) -> Iterator[Row]:
-    problems = Problems(str(config.data))
-    for row in source_of(config).rows(problems, config.limit):
-        problems.raise_if_any()
-        yield row
-    problems.raise_if_any()
+    return iter_rows(config.data, format=config.format, columns=config.columns, limit=config.limit)
 
 
 def held_out(config: RunConfig) -> list[Row]:
@@ -73,7 +68,14 @@ def held_out(config: RunConfig) -> list[Row]:
     Raises:
         DataError: a row is bad, or none is held out.
     """
+    if config.streaming:
+        return _held_out_of_stream(config)
     return split_rows(read_source(source_of(config), limit=config.limit), config.eval_share or 0.0, str(config.data))[1]
+
+
+def _held_out_of_stream(config: RunConfig) -> list[Row]:
+    """The file may be larger than memory; what is held out of it is not."""
+    return [row for row in _every(config) if is_held_out(row, config.eval_share or 0.0)]
 
 
 def read_data(config: RunConfig, template: Path | None = None) -> Rows:
@@ -89,18 +91,12 @@ def read_data(config: RunConfig, template: Path | None = None) -> Rows:
     path = template or config.chat_template
     jinja = read_template(path) if path is not None else None
     source = source_of(config)
-    if config.streaming:
-        problems = Problems(source.name)
-        train = list(islice(source.rows(problems, config.limit), 1))
-        problems.raise_if_any()
-    else:
-        train = read_source(source, limit=config.limit)
+    train = read_source(source, limit=1 if config.streaming else config.limit)
     evaluation = None
     if config.eval_data is not None:
         evaluation = read_source(source_of(config, evaluation=True))
     elif config.eval_share is not None and config.streaming:
-        # The file may be larger than memory; what is held out of it is not.
-        evaluation = [row for row in _every(config) if is_held_out(row, config.eval_share)]
+        evaluation = _held_out_of_stream(config)
         train = list(islice(streamed(config), 1))
         if not (train and evaluation):
             got = f"eval_share {config.eval_share:g} holds out {'every row' if evaluation else 'no row'}"

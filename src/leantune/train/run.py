@@ -176,7 +176,9 @@ def _run(config: RunConfig, point: Resumption | None, lock: Lock, progress: bool
     distributed.wait_for_all()
     report.announce(summary, load_time_s=time.perf_counter() - began)
     # Also before going on from a checkpoint, which holds what was chosen: the base may be in an order of its own.
-    summary |= calibrate(config, trainer, examples.train, report.say)
+    # Of packs the rows: a measurement has no use for the way they are put together.
+    rows = trainer.train_dataset if examples.packs is None else examples.train
+    summary |= calibrate(config, trainer, rows, report.say)
     trainer.record = summary
     trainer.meter.preparing += time.perf_counter() - began
     outcome = _train(config, trainer, report, point)
