@@ -200,7 +200,7 @@ def check_reload(run: Run, task: str, pictures: Path | None = None) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "bert-masked", "roberta", "distilbert", "llama"])
 def test_a_pair_classifier(folders: Any, pairs: Path, tmp_path: Path, kind: str) -> None:
     run = fit(settings(folders(kind), pairs, tmp_path / "run", "classification"), progress=False)
     lines = losses(tmp_path / "run")
@@ -211,7 +211,7 @@ def test_a_pair_classifier(folders: Any, pairs: Path, tmp_path: Path, kind: str)
     inner = model.get_base_model()
     assert inner.config.id2label == {0: "other", 1: "same"}
     saved = load_file(run.result / "adapter_model.safetensors")
-    # All that began at random was trained and saved: both layers of DistilBERT's head, BERT's pooler.
+    # All that began at random was trained and saved: both layers of DistilBERT's head, the pooler of a masked BERT.
     fresh = load_base(folders(kind), task="classification", num_labels=2)
     for name in fresh.new_parameters:
         key = next(key for key in saved if name.removesuffix(".weight").removesuffix(".bias") in key)
