@@ -151,3 +151,22 @@ def test_a_run_leaves_its_folder_and_says_what_next(trained: Path) -> None:
     assert {"adapter", "config.yaml", "metrics.jsonl", "run.json"} <= names
     written = yaml.safe_load((trained / "config.yaml").read_text(encoding="utf-8"))
     assert written["method_options"] == {"heads": 1, "channels": 8}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "unsaid"),
+    [
+        ({"eval_share": 0.1}, ["generate run --prompt", "eval run\n", "export run --format lora"], ["--data", "merge"]),
+        ({}, ["eval run --data FILE"], []),
+        ({"task": "classification"}, ["eval run --data FILE", "merge run --out DIR"], ["generate", "export"]),
+        ({"task": "masked-lm", "eval_data": "rows.jsonl"}, ["eval run\n", "export run"], ["generate"]),
+    ],
+)
+def test_what_comes_next_is_what_such_a_run_can_do(
+    settings: dict[str, Any], said: list[str], unsaid: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = RunConfig(model="smollm2-135m", data="rows.jsonl", out="run", **settings)
+    command_file._say_what_next(Path("run"), config, is_complete=True)
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in said)
+    assert not any(text in shown for text in unsaid)

@@ -173,12 +173,18 @@ def _method_of_recipe(word: str) -> str | None:
 
 
 def _say_what_next(folder: Path, config: RunConfig, is_complete: bool) -> None:
+    from leantune.train.setup import HEAD_TASKS
+
     out, name = console(), program()
     out.print("\nNext:")
+    # A plain LoRA holds no head.
+    onward = f"merge {folder}" if config.task in HEAD_TASKS else f"export {folder} --format lora"
+    # Without --data, eval takes the rows that the run evaluates on.
+    has_rows = config.eval_data is not None or config.eval_share is not None
     for line in (
         *([] if is_complete else [f"{name} train --resume {folder}"]),
-        f"{name} generate {folder} --prompt '...'",
-        f"{name} eval {folder} --data {config.eval_data or 'FILE'}",
-        *([f"{name} export {folder} --format lora --out DIR"] if config.chosen_method.is_adapter else []),
+        *([f"{name} generate {folder} --prompt '...'"] if config.task == "causal-lm" else []),
+        f"{name} eval {folder}" + ("" if has_rows else " --data FILE"),
+        *([f"{name} {onward} --out DIR"] if config.chosen_method.is_adapter else []),
     ):
         out.print("  " + line, markup=False, soft_wrap=True)
