@@ -402,8 +402,10 @@ def test_names_that_match_nothing_are_told() -> None:
 def test_experts_with_a_formula_of_their_own_are_refused() -> None:
     base = tiny.model("mixtral")
     base.model.layers[0].mlp.experts.has_post_expert_norm = True
+    before = [type(module) for module in base.modules()]
     with pytest.raises(TargetError, match=r"model\.layers\.0\.mlp\.experts: MixtralExperts has a norm behind each"):
         get_peft_model(base, S2FTConfig())
+    assert [type(module) for module in base.modules()] == before, "no linear layer was wrapped either"
 
 
 def test_a_lora_export_is_refused_in_one_sentence(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiny
-from leantune import S2FTConfig
+from leantune import S2FTConfig, initialize
 from leantune.core.errors import AdapterError, TargetError
-from leantune.methods._permutation import unit_order
+from leantune.methods._permutation import require_dense, unit_order
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import gradients, layers_of, no_grad_logits, objective, own_layers, start
 
@@ -223,14 +223,52 @@ def test_plain_layers_have_no_order_and_take_any_number_of_adapters() -> None:
     assert {name for name, _ in model.named_parameters() if ".second." in name}
 
 
-def test_a_file_of_another_choice_is_refused_over_a_permuted_base(tmp_path: Path) -> None:
-    model = wrap(tiny.model("llama"), permute=False, seed=1)
+@pytest.mark.parametrize("selection", ["random", "activation"])
+def test_a_file_of_another_choice_is_right_over_a_base_that_is_permuted_already(selection: str, tmp_path: Path) -> None:
+    model = wrap(tiny.model("llama"), permute=False, selection=selection, seed=1)
+    if selection == "activation":
+        initialize(model, [{"input_ids": tiny.ids()}])
+    start(model)
+    exact = no_grad_logits(model, tiny.ids())
     model.save_pretrained(tmp_path)
+    plain = no_grad_logits(tiny.model("llama"), tiny.ids())
     config = S2FTConfig.from_pretrained(tmp_path)
     assert isinstance(config, S2FTConfig)
-    config.permute, config.seed = True, 2
-    with pytest.raises(AdapterError, match="load it with permute=False"):
-        PeftModel.from_pretrained(tiny.model("llama"), tmp_path, config=config)
+    config.permute, config.seed, config.selection = True, 2, "random"
+    alone = PeftModel.from_pretrained(tiny.model("llama"), tmp_path, config=config).eval()
+    beside = wrap(tiny.model("llama"), seed=2)
+    beside.load_adapter(tmp_path, adapter_name="late")
+    beside.set_adapter("late")
+    for name, loaded in {"alone": alone, "beside": beside}.items():
+        logits = no_grad_logits(loaded, tiny.ids())
+        assert_close(logits, exact, torch.float64, 64, 16, wrong=(plain,), what=name)
+    assert_same_state(state(beside.unload()), state(tiny.model("llama")), "base after unload")
+
+
+@pytest.mark.parametrize("wrong", [-1, 10_000])
+def test_an_entry_that_does_not_exist_is_refused_over_a_permuted_base(wrong: int, tmp_path: Path) -> None:
+    model = wrap(tiny.model("llama"))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    stored = load_file(file)
+    stored[next(name for name in stored if name.endswith("down_proj.s2ft_slice.index"))][0] = wrong
+    save_file(stored, file)
+    with pytest.raises(AdapterError, match=rf"s2ft_slice.*index: .*{wrong}"):
+        PeftModel.from_pretrained(tiny.model("llama"), tmp_path)
+
+
+def test_a_weight_that_only_looks_dense_is_not_reordered() -> None:
+    """torchao's packed weights are parameters of a floating dtype."""
+
+    class Packed(Tensor):
+        def __tensor_flatten__(self) -> None:
+            raise NotImplementedError
+
+    Packed.__module__ = "torchao.quantization"
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(Packed))
+    with pytest.raises(TargetError, match=r"here \(Linear\) holds a quantised weight"):
+        require_dense("here", layer)
 
 
 def test_disabled_and_mixed_rows_see_the_permuted_bases_own_function() -> None:

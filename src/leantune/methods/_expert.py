@@ -26,7 +26,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from leantune.core.errors import AdapterError, TargetError, describe
@@ -334,38 +333,20 @@ class ExpertLayer(AdapterLayer):
         del adapter_name
         return False
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write adapters into the experts' weights, keeping what they overwrite.
-
-        Args:
-            safe_merge: check for non-finite values first and change nothing when there are any.
-            adapter_names: which ones; default: the active ones.
-
-        Raises:
-            ValueError: ``safe_merge`` found a non-finite value.
-        """
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if not self.has(adapter):
-                continue
-            self.require_start([adapter])
-            with torch.no_grad():
-                self._merge_experts(adapter, safe_merge)
-            self.merged_adapters.append(adapter)
-
-    def _merge_experts(self, adapter: str, safe_merge: bool) -> None:
+    def _merge_one(self, name: str, safe_merge: bool) -> None:
         written = []
-        for name, rows, delta in self._regions(adapter):
+        for weight, rows, delta in self._regions(name):
             where = rows[:, :, None].expand(-1, -1, self.view.width)
-            original = self.view.rows(name).gather(1, where)
+            original = self.view.rows(weight).gather(1, where)
             updated = (original.to(delta.dtype) + delta).to(original.dtype)
             if safe_merge and not torch.isfinite(updated).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken")
-            written.append((name, where, rows, original, updated))
-        for name, where, rows, original, updated in written:
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+            written.append((weight, where, rows, original, updated))
+        for weight, where, rows, original, updated in written:
             slot = f"_original_{len(self._overwritten)}"
             self.register_buffer(slot, original, persistent=False)
-            self._overwritten.append(((slot, name), 1, rows))
-            self.view.rows(name).scatter_(1, where, updated)
+            self._overwritten.append(((slot, weight), 1, rows))
+            self.view.rows(weight).scatter_(1, where, updated)
 
     def unmerge(self) -> None:
         """Put back, bit for bit, what merging overwrote: all adapters, newest first."""

@@ -9,12 +9,14 @@ alone, and the rest, so that each side's choice is contiguous.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from leantune.core import packed_weight
 from leantune.core.errors import TargetError, describe
 from leantune.kernels.partial_linear import Axis
 from leantune.methods._selection import Slice, entries
@@ -60,7 +62,9 @@ def same_layout(one: Layout, other: Layout) -> bool:
 def require_dense(path: str, module: nn.Module) -> None:
     """Raise TargetError for a quantised layer: its packed blocks cannot be reordered without loss."""
     weight = module.weight
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+    # torchao's packed weights call themselves parameters of the dtype that they stand for.
+    is_dense = isinstance(weight, nn.Parameter) and weight.is_floating_point() and weight.dim() == 2
+    if packed_weight.is_packed(module) or not is_dense:
         got = f"{path} ({type(module).__name__}) holds a quantised weight"
         raise TargetError(describe("permute", got, "a dense base", "permute=False"))
 
@@ -128,12 +132,9 @@ class BasePermutation:
         return weight
 
     def place(self, path: str, chosen: Slice) -> Slice:
-        """Say where the chosen entries stand now, and list them in that order."""
+        """Say where entries stand now, and list the chosen ones in that order."""
         order = self.layout.get(path, {}).get(chosen.axis)
         if order is None:
             return chosen
-        position, by_position = order.argsort()[chosen.index].sort()
-        index = chosen.index[by_position]
-        first, last = int(position[0]), int(position[-1])
-        is_run = last - first + 1 == position.numel()
-        return Slice(chosen.axis, index, slice(first, last + 1) if is_run else position)
+        standing = order.argsort()
+        return replace(chosen, index=chosen.index[standing[chosen.index].argsort()], standing=standing)

@@ -36,14 +36,14 @@ Squares = Callable[[Measure, str, Axis], Tensor]
 class Slice:
     """What trains of one module: input columns ("in") or output rows ("out") at the entries ``index``.
 
-    ``index`` counts in the layout of the checkpoint; ``position`` says where those entries stand now, when the base
-    has been permuted: a run, or None for the checkpoint's own layout. A provisional slice holds the place of one that
-    calibration rows will choose.
+    ``index`` counts in the layout of the checkpoint; ``standing`` says where each entry of the whole axis stands now,
+    ``(entries,)``, when the base has been permuted, and is None in the checkpoint's own layout. A provisional slice
+    holds the place of one that calibration rows will choose.
     """
 
     axis: Axis
     index: Tensor
-    position: Tensor | slice | None = None
+    standing: Tensor | None = None
     provisional: bool = False
 
 

@@ -16,6 +16,7 @@ class SliceDelta(nn.Module):
     """One adapter's trained slice, the entries it stands for, and where these stand in a permuted base."""
 
     index: Tensor
+    standing: Tensor | None
     position: Tensor | None
 
     def __init__(self, shape: tuple[int, int], chosen: Slice) -> None:
@@ -32,9 +33,19 @@ class SliceDelta(nn.Module):
         # A copy: adapters with one choice share no buffer.
         self.register_buffer("index", chosen.index.to(device, copy=True))
         # The checkpoint's layout is what a file holds; positions belong to this process.
-        self.run = chosen.position if isinstance(chosen.position, slice) else None
-        gathered = chosen.position.to(device) if isinstance(chosen.position, Tensor) else None
-        self.register_buffer("position", gathered, persistent=False)
+        standing = None if chosen.standing is None else chosen.standing.to(device)
+        self.register_buffer("standing", standing, persistent=False)
+        self._locate()
+
+    def _locate(self) -> None:
+        """Find where the entries stand in the base: as they are numbered, in one run, or here and there."""
+        position = None if self.standing is None else self.standing[self.index.to(self.standing.device)]
+        self.run: slice | None = None
+        if position is not None and position.numel():
+            first, end = int(position[0]), int(position[0]) + position.numel()
+            if torch.equal(position, torch.arange(first, end, device=position.device)):
+                self.run, position = slice(first, end), None
+        self.register_buffer("position", position, persistent=False)
 
     @property
     def entries(self) -> Tensor | slice:
@@ -52,17 +63,18 @@ class SliceDelta(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         stored = state_dict.get(prefix + "index")
-        if stored is not None and not torch.equal(stored.to(self.index.device), self.index):
-            # The file decides what was trained; the config's choice may have been drawn otherwise by another version.
-            if self.run is not None or self.position is not None:
-                raise AdapterError(
-                    describe(
-                        prefix + "index",
-                        "other entries than the base was permuted for",
-                        "the choice this adapter was trained with",
-                        "load it with permute=False",
-                    )
-                )
+        # The file decides what was trained; the config's choice may have been drawn otherwise by another version.
+        if stored is not None:
+            self._require_known(prefix + "index", stored)
             self._resize(stored.numel())
         self.waits = self.waits and stored is None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._locate()
+
+    def _require_known(self, name: str, stored: Tensor) -> None:
+        """Positions are looked up by entry, where a wrong one would become another entry's."""
+        if self.standing is None or not stored.numel():
+            return
+        low, high, last = int(stored.min()), int(stored.max()), self.standing.numel() - 1
+        if low < 0 or high > last:
+            raise AdapterError(describe(name, f"{low} to {high}", f"0 to {last}", "save the adapter again"))

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from leantune.core.errors import ConfigError, TargetError, describe, did_you_mean, raise_all
 from leantune.kernels.partial_linear import Axis, add_slice, partial_linear
+from leantune.methods import _expert_choice as expert_choice
 from leantune.methods import _selection as selecting
 from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel
 from leantune.methods._calibration import Calibration
@@ -37,7 +38,6 @@ from leantune.methods._convolution import ConvolutionSlice, is_whole_convolution
 from leantune.methods._discovery import discover, traced_targets
 from leantune.methods._evidence import Questions
 from leantune.methods._expert import ExpertLayer
-from leantune.methods._expert_choice import default_expert_targets, inject_experts, start_experts
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
 from leantune.methods._permutation import BasePermutation
 from leantune.methods._registry import Method, register
@@ -173,7 +173,7 @@ class S2FTLinear(AdapterLayer):
         chosen: selecting.Slice = kwargs["chosen"]
         if template is not None and template in self.s2ft_slice:
             twin = self._own(template)
-            chosen = selecting.Slice(twin.axis, twin.index.clone(), twin.run or twin.position, twin.waits)
+            chosen = selecting.Slice(twin.axis, twin.index.clone(), twin.standing, twin.waits)
         count = chosen.index.numel()
         shape = (self.out_features, count) if chosen.axis == "in" else (count, self.in_features)
         own = SliceDelta(shape, chosen)
@@ -214,10 +214,7 @@ class S2FTLinear(AdapterLayer):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Not over a permuted base: PEFT's converter would write the delta in the permuted order. Ours does not."""
-        if adapter_name not in self.s2ft_slice:
-            return True
-        own = self._own(adapter_name)
-        return own.run is None and own.position is None
+        return adapter_name not in self.s2ft_slice or self._own(adapter_name).standing is None
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """Rank ``s`` with a one-hot factor: ``D E`` for columns, ``E^T D`` for rows, ``E[i, S_i] = 1``."""
@@ -242,6 +239,8 @@ class S2FTModel(AdapterModel):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         super()._prepare_model(peft_config, model)
+        # A name that names nothing is refused before any layer is replaced.
+        expert_choice.targeted_experts(self.model, peft_config)
         # The first module of this injection chooses for all; an adapter of the same name may have gone before.
         self._chosen: dict[str, selecting.Slice] | None = None
         self.trained_and_total = (0, 0)
@@ -271,7 +270,7 @@ class S2FTModel(AdapterModel):
         if peft_config.target_modules is None:
             if peft_config.target_parameters is not None:
                 return peft_config
-            peft_config.target_parameters = default_expert_targets(self.model)
+            peft_config.target_parameters = expert_choice.default_expert_targets(self.model)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _inject_parameters(
@@ -279,7 +278,7 @@ class S2FTModel(AdapterModel):
     ) -> list[str]:
         # PEFT would wrap each parameter by itself; an expert's weights belong together.
         del model, low_cpu_mem_usage
-        return inject_experts(self, peft_config, adapter_name)
+        return expert_choice.inject_experts(self, peft_config, adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, ExpertLayer):
@@ -304,7 +303,7 @@ class S2FTModel(AdapterModel):
         for path, chosen in self._choose(config, answers, starting=adapters).items():
             for adapter in adapters:
                 cast(S2FTLinear, self.model.get_submodule(path)).choose(adapter, chosen)
-        start_experts(self, adapters, config, data)
+        expert_choice.start_experts(self, adapters, config, data)
         config.achieved_ratio = ratio
 
     def _base_layers(self) -> tuple[dict[str, nn.Module], dict[str, tuple[int, int]]]:
@@ -354,8 +353,9 @@ class S2FTModel(AdapterModel):
         self.trained_and_total = (trained, total)
         config.achieved_ratio = trained / total if total else None
         if waits:
-            return {path: replace(each, provisional=True) for path, each in slices.items()}
-        if config.permute:
+            # What comes from a file must know of the order that another adapter's choice gave to the base.
+            slices = {path: replace(each, provisional=True) for path, each in slices.items()}
+        elif config.permute:
             present = {name for layer in self._layers() for name in layer._get_available_adapters()}
             self.permutation.apply(layers, choice.layout, occupied=bool(present - set(starting)))
         return {path: self.permutation.place(path, each) for path, each in slices.items()}

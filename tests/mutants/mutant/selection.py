@@ -38,9 +38,9 @@ CHOICE_FAULTS = (
     ),
     Fault(
         "a run of permuted entries ends one early",
-        "leantune/methods/_permutation.py",
-        "slice(first, last + 1)",
-        "slice(first, last)",
+        "leantune/methods/_slice.py",
+        "slice(first, end), None",
+        "slice(first, end - 1), None",
         "the last chosen unit of a permuted base never trains",
         ("tests/methods/test_permutation.py::test_the_same_function_and_the_same_gradients",),
     ),
