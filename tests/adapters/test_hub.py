@@ -324,6 +324,35 @@ def test_a_hub_id_only_where_the_weights_are_the_same(
         publication.prepare(run, REPO, tmp_path / "other", base_id="owner/base")
 
 
+def test_a_base_is_compared_as_it_was_trained_on(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hash of a base that was packed, or has a head of its own, is of all that."""
+    asked: dict[str, Any] = {}
+
+    def load(name: str, **options: Any) -> Any:
+        asked.update(options, name=name)
+        raise AdapterError("far enough")
+
+    copied = Path(shutil.copytree(run, tmp_path / "run"))
+    path = copied / "adapter" / "leantune.json"
+    facts = json.loads(path.read_text())
+    facts |= {"task": "classification", "task_type": "SEQ_CLS", "num_labels": 3}
+    facts["base"]["quantization"] = {"bits": 4, "backend": "bitsandbytes"}
+    path.write_text(json.dumps(facts))
+    monkeypatch.setattr("leantune.models.load_base", load)
+    with pytest.raises(AdapterError, match="far enough"):
+        publication.prepare(copied, REPO, tmp_path / "built", base_id="owner/base")
+    packed = {"quantization": "4bit", "quantization_backend": "bitsandbytes", "dtype": "float32"}
+    assert asked == {"name": "owner/base", "task": "classification", "num_labels": 3, **packed}
+
+
+@pytest.mark.parametrize(("task", "kind"), [("masked-lm", "fill-mask"), ("image-classification",) * 2])
+def test_an_evaluation_names_the_task_as_the_hub_does(task: str, kind: str) -> None:
+    tuned = {"task": task, "metrics": {"accuracy": {"value": 0.5}}}
+    index = publication.model_index({"evaluation": {"files": {"a.jsonl": {"tuned": tuned}}}}, REPO)
+    assert index is not None
+    assert index[0]["results"][0]["task"]["type"] == kind
+
+
 def test_the_embedded_base_is_named_for_what_it_is() -> None:
     base = publication.public_base({"name": "smollm2-135m", "source": "embedded", "hub_id": None})
     assert base["name"] == "smollm2-135m"

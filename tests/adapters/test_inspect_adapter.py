@@ -97,6 +97,19 @@ class TestCard:
         assert "2.0000%" in text
         assert "sha256:1" in text
 
+    def test_says_how_the_base_was_loaded(self) -> None:
+        """Over another packing or with another head the adapter would be refused."""
+        packed = {"bits": 4, "backend": "bitsandbytes", "version": "1", "format": "nf4", "base_bytes": 9}
+        base = {**self.FACTS["base"], "dtype": "bfloat16", "quantization": packed}
+        text = card.render({**self.FACTS, "base": base, "task": "classification", "num_labels": 3})
+        options = 'task="classification", num_labels=3, dtype="bfloat16", quantization="4bit"'
+        assert f'leantune.load_base("smollm2-135m", {options}, quantization_backend="bitsandbytes")' in text
+
+    def test_a_merged_model_is_loaded_for_its_task(self) -> None:
+        text = card.render({**self.FACTS, "kind": "merged", "task": "masked-lm"})
+        assert "AutoModelForMaskedLM.from_pretrained" in text
+        assert "AutoModelForCausalLM.from_pretrained" in card.render({**self.FACTS, "kind": "merged"})
+
     def test_what_the_caller_adds(self) -> None:
         added = {
             "title": "My title",

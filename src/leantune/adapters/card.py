@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from leantune.models.base import AUTO_CLASSES
+
 # The Hub's name of what a model does, by our task, or PEFT's in a record of an older version.
 _PIPELINES = {
     "causal-lm": "text-generation",
@@ -84,9 +86,10 @@ def _usage(facts: dict[str, Any]) -> str:
     name = (facts.get("base") or {}).get("name")
     kind = facts.get("kind")
     if kind == "merged":
+        auto_class = AUTO_CLASSES.get(str(facts.get("task")), "AutoModelForCausalLM")
         return (
-            "A plain transformers model:\n\n```python\nfrom transformers import AutoModelForCausalLM\n"
-            'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n```'
+            f"A plain transformers model:\n\n```python\nfrom transformers import {auto_class}\n"
+            f'model = {auto_class}.from_pretrained("THIS_FOLDER")\n```'
         )
     if kind == "lora" or facts.get("method") == "lora":
         return (
@@ -94,12 +97,30 @@ def _usage(facts: dict[str, Any]) -> str:
             'model = PeftModel.from_pretrained(base, "THIS_FOLDER")\n```'
         )
     return (
-        f"```python\nimport leantune\n\nbase = leantune.load_base({json.dumps(name)})\n"
+        f"```python\nimport leantune\n\nbase = leantune.load_base({load_arguments(facts, name)})\n"
         'model = leantune.load(base, "THIS_FOLDER")\n```\n\n'
         "PEFT alone does not know this method: `import leantune` first (in any order with `peft`), then "
         "`PeftModel.from_pretrained` works too. Without leantune it stops with a bare `KeyError`; "
         "`leantune export --format lora` writes a copy that needs no import."
     )
+
+
+def load_arguments(facts: dict[str, Any], name: str | None) -> str:
+    """What ``leantune.load_base`` is given to load the base as it was for training.
+
+    Args:
+        facts: the folder's record.
+        name: the base, as the reader knows it.
+    """
+    task, base = facts.get("task"), facts.get("base") or {}
+    options: dict[str, Any] = {} if task in (None, "causal-lm") else {"task": task}
+    if task in ("classification", "image-classification") and facts.get("num_labels"):
+        options["num_labels"] = facts["num_labels"]
+    if base.get("dtype") not in (None, "float32"):
+        options["dtype"] = base["dtype"]
+    if packed := base.get("quantization"):
+        options |= {"quantization": f"{packed['bits']}bit", "quantization_backend": packed["backend"]}
+    return ", ".join([json.dumps(name), *(f"{key}={json.dumps(value)}" for key, value in options.items())])
 
 
 def _facts_table(facts: dict[str, Any]) -> dict[str, Any]:

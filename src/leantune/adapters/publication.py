@@ -17,15 +17,13 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from leantune.adapters import card as model_card
 from leantune.adapters import export, record, verification
+from leantune.adapters import folder as adapter_folder
 from leantune.core.atomic import write_json, write_text
 from leantune.core.errors import AdapterError, describe
-
-if TYPE_CHECKING:
-    from leantune.models import BaseModel
 
 NATIVE = "native"
 EMBEDDED_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -68,7 +66,7 @@ def prepare(
     source = export.adapter_of(run)
     known = record.read(source).get("base") or {}
     if base_id is not None:
-        known = _confirmed(known, base_id, progress)
+        known = _confirmed(source, known, base_id, progress)
     base = public_base(known)
     result = export.export_run(run, folder, prompts=prompts, overwrite=True, note=False, progress=progress)
     native = folder / NATIVE
@@ -133,7 +131,11 @@ def _basename(text: str) -> str:
 
 def model_index(summary: dict[str, Any], repo_id: str) -> list[dict[str, Any]] | None:
     """The Hub's ``model-index`` of a run's evaluation; None without one."""
-    kinds = {"causal-lm": ("text-generation", "Text generation")}
+    kinds = {
+        "causal-lm": ("text-generation", "Text generation"),
+        "masked-lm": ("fill-mask", "Fill-mask"),
+        "image-classification": ("image-classification", "Image classification"),
+    }
     results = []
     for path, found in ((summary.get("evaluation") or {}).get("files") or {}).items():
         tuned = found.get("tuned") or {}
@@ -151,11 +153,11 @@ def model_index(summary: dict[str, Any], repo_id: str) -> list[dict[str, Any]] |
 
 
 def _native_text(facts: dict[str, Any], repo_id: str, base: dict[str, Any]) -> str:
-    name = json.dumps(base["name"])
+    arguments = model_card.load_arguments(facts, base["name"])
     size = f"{facts.get('native_bytes', 0):,} bytes of tensors where the LoRA form takes {facts.get('lora_bytes', 0):,}"
     return (
         f"`native/` holds the adapter as it was trained ({facts.get('converted_from')}), {size}; both are the same "
-        f"change.\n\n```python\nimport leantune\n\nbase = leantune.load_base({name})\n"
+        f"change.\n\n```python\nimport leantune\n\nbase = leantune.load_base({arguments})\n"
         f"model = leantune.load(base, {json.dumps(repo_id)})  # takes native/\n```\n\n"
         f"`leantune pull {repo_id} --out DIR` makes a run folder of it, for `leantune generate`, `eval` and `chat`."
     )
@@ -189,13 +191,12 @@ def _name_base(folder: Path, base: dict[str, Any]) -> None:
         record.write(folder, {**without_paths(known), "base": base})
 
 
-def _confirmed(known: dict[str, Any], base_id: str, progress: Progress | None) -> dict[str, Any]:
+def _confirmed(source: Path, known: dict[str, Any], base_id: str, progress: Progress | None) -> dict[str, Any]:
     """The facts of a base under a Hub id, when its weights are the very ones the adapter was trained on."""
-    from leantune.models import load_base
-
     if progress is not None:
         progress(f"comparing the weights of {base_id} with those trained on")
-    opened: BaseModel = load_base(base_id, dtype=known.get("dtype") or "float32")
+    # Packed and with a head as in training: the hash is of all of that.
+    opened = adapter_folder.recorded_base(source, base_id)
     if not known.get("content_hash") or opened.content_hash != known["content_hash"]:
         got = f"its weights ({opened.content_hash[:19]}...) are not those trained on ({known.get('content_hash')})"
         raise AdapterError(
