@@ -66,3 +66,13 @@ def test_a_side_without_rows_is_refused() -> None:
         split_rows(ROWS[:3], 0.01, "f.jsonl")
     with pytest.raises(DataError, match=r"takes 1 of 1 rows"):
         split_rows([next(item for item in ROWS if is_held_out(item, 0.5))], 0.5)
+
+
+def test_an_image_is_held_out_wherever_its_folder_is_named_from() -> None:
+    def asked(image: str) -> str:
+        return Row(where="a row", image=image, label="red").asked()
+
+    assert asked("pictures/red/01.png") == asked("/data/pictures/red/01.png")
+    assert len({asked(name) for name in ("red/01.png", "red/02.png", "blue/01.png")}) == 3
+    # Base 64 has slashes too.
+    assert asked("data:image/png;base64,iVBO/aa/bb") != asked("data:image/png;base64,iVBX/aa/bb")

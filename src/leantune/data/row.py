@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
@@ -51,7 +52,7 @@ class Row:
         """What the row asks, as a key: rows with the same one are the same question with perhaps another answer."""
         if self.messages is not None:
             return json.dumps(self.messages[: self.last_assistant()], sort_keys=True, default=str)
-        return json.dumps([self.prompt, self.text, self.text_pair, *([str(self.image)] if self.image else [])])
+        return json.dumps([self.prompt, self.text, self.text_pair, *([_shown(self.image)] if self.image else [])])
 
     def last_assistant(self) -> int:
         """Position in ``messages`` of the last assistant turn.
@@ -72,3 +73,10 @@ class Row:
         else:
             first = self.completion or self.text or ""
         return list(dict.fromkeys([first, *self.references]))
+
+
+def _shown(image: Any) -> str:
+    """What an image is told from others by: of a path its end, the same from wherever the data is named."""
+    if isinstance(image, (str, Path)) and not str(image).startswith("data:"):
+        return "/".join(Path(image).parts[-2:])
+    return str(image)

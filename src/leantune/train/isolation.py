@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from leantune.core.errors import ModelError, describe
 from leantune.data.collator import Collator, Form, PackCollator
 from leantune.data.packing import DOCUMENTS
+from leantune.train.loss import without_adapter
 
 _LENGTHS = ((5, 3), (4,))
 # Beside another row a sum is split up otherwise: roundings of some sixteen operations a layer, never a tenth.
@@ -52,7 +53,7 @@ def packing_form(
     Raises:
         ModelError: no form keeps its rows apart.
     """
-    base = _without_adapter(model)
+    base: Any = without_adapter(model)
     name = type(base).__name__
     if "position_ids" not in inspect.signature(base.forward).parameters:
         raise _refusal(name, "its forward takes no position_ids, by which a row of a pack is told from the next")
@@ -80,10 +81,6 @@ def packing_form(
     raise _refusal(name, why)
 
 
-def _without_adapter(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _refusal(name: str, why: str) -> ModelError:
     return ModelError(
         describe(f"packing with {name}", why, "rows of a pack that do not see each other", "drop packing")
@@ -92,7 +89,7 @@ def _refusal(name: str, why: str) -> ModelError:
 
 def _fault(model: nn.Module, found: dict[str, Any]) -> str | None:
     """Why a form does not do, or None."""
-    base = _without_adapter(model)
+    base: Any = without_adapter(model)
     vocabulary = base.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     packs = [[torch.randint(vocabulary, (n,), generator=generator).tolist() for n in pack] for pack in _LENGTHS]

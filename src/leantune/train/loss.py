@@ -126,21 +126,22 @@ def _gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def output_embedding(model: nn.Module) -> nn.Module:
     """The module that turns hidden states into logits."""
-    find = getattr(_without_adapter(model), "get_output_embeddings", None)
+    find = getattr(without_adapter(model), "get_output_embeddings", None)
     head: nn.Module | None = find() if find is not None else None
     if head is None:
         raise _not_selectable(model, "it names no output embedding")
     return head
 
 
-def _without_adapter(model: Any) -> nn.Module:
+def without_adapter(model: Any) -> nn.Module:
+    """The base model inside a PEFT model, inside a copy of it that DDP has wrapped; a plain model as it is."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     base: nn.Module = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     return base
 
 
 def _not_selectable(model: nn.Module, why: str) -> ModelError:
-    base = _without_adapter(model)
+    base = without_adapter(model)
     return ModelError(
         describe(
             type(base).__name__, why, "one pass of one output embedding over (rows, length, width)", "set logits: all"
