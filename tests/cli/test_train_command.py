@@ -103,6 +103,13 @@ def test_the_method_of_a_recipe_is_found(tmp_path: Path) -> None:
     assert command_file._method_named([str(recipe)]) is None
 
 
+@pytest.mark.parametrize("flag", ["--resume", "--resume-anyway"])
+def test_the_method_of_a_run_to_go_on_with_is_found(flag: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("method: lora\n")
+    assert command_file._method_named([flag, str(tmp_path)]) == "lora"
+    assert command_file._method_named([str(tmp_path)]) is None
+
+
 def test_flags_win_over_settings_and_these_over_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model: m\ndata: d\nout: o\nlr: 1.0\nbatch_size: 2\nseed: 1\nmethod_options: {channels: 3}\n")

@@ -66,9 +66,6 @@ def train(
         do = "drop --dry-run: what does not fit is refused before anything is written"
         raise ConfigError(describe("--dry-run", "with --resume", "one of them", do))
     config = configuration(recipe, settings or [], given, resume=resume)
-    if dry_run and resume:
-        do = "drop one of the two; leantune train --resume says itself what it would refuse"
-        raise ConfigError(describe("--dry-run", "with --resume", "a run that begins", do))
     if dry_run:
         _say_what_would_happen(config, as_json)
         return
@@ -154,7 +151,8 @@ def _method_named(words: list[str]) -> str | None:
         if word.startswith("method=") and index and words[index - 1] == "--set":
             name = word.removeprefix("method=")
     if name is None:
-        recipes = [f"{word}/config.yaml" if Path(word).is_dir() and "--resume" in words else word for word in words]
+        resumes = not {"--resume", "--resume-anyway"}.isdisjoint(words)
+        recipes = [f"{word}/config.yaml" if resumes and Path(word).is_dir() else word for word in words]
         name = next((found for word in recipes if (found := _method_of_recipe(word))), None)
     return name
 
