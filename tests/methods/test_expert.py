@@ -408,6 +408,22 @@ def test_experts_with_a_formula_of_their_own_are_refused() -> None:
     assert [type(module) for module in base.modules()] == before, "no linear layer was wrapped either"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_that_are_active_together_act_as_both_merged(family: str) -> None:
+    """Both change the same channels, and one's columns read what the other's rows feed."""
+    model = wrapped(family, channels=12)
+    model.add_adapter("other", S2FTConfig(heads=1, channels=14, seed=5, coupling="independent", **BOTH))
+    start(model, "other")
+    alone = logits(model)
+    model.base_model.set_adapter(["default", "other"])
+    together = logits(model)
+    model.merge_adapter()
+    wrong = (alone,)
+    assert_close(together, logits(model), torch.float64, 64, 16, wrong=wrong, what="both at once")
+    model.unmerge_adapter()
+    assert_same(logits(model), together, "after undoing the merge")
+
+
 def test_a_lora_export_is_refused_in_one_sentence(tmp_path: Path) -> None:
     model = wrapped(dtype=torch.float32)
     with pytest.raises(AdapterError, match=r"no LoRA form that PEFT, vLLM and others read alike.*leantune merge"):

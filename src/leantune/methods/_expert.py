@@ -60,13 +60,13 @@ class Experts:
         weight: Tensor = getattr(self.module, name)
         return weight if (name == DOWN) == self.module.is_transposed else weight.transpose(1, 2)
 
-    def rows_of(self, name: str, channels: Tensor) -> Tensor:
-        """The rows ``(..., r s)`` of channels ``(..., s)``, in the order that the gate takes them."""
+    def rows_of(self, name: str, channels: Tensor, total: int | None = None) -> Tensor:
+        """The rows ``(..., r s)`` of channels ``(..., s)`` out of ``total``, in the order that the gate takes them."""
         if self.per_channel[name] == 1:
             return channels
         if self.interleaved:
             return torch.stack([2 * channels, 2 * channels + 1], -1).flatten(-2)
-        return torch.cat([channels, self.channels + channels], -1)
+        return torch.cat([channels, (self.channels if total is None else total) + channels], -1)
 
     def by_channel(self, name: str, values: Tensor) -> Tensor:
         """Values of rows ``(..., rows)`` summed over the rows of each channel, ``(..., I)``."""
@@ -223,9 +223,7 @@ class ExpertLayer(AdapterLayer):
         active = [name for name in self.active_adapters if self.has(name)]
         if self.training:
             self.require_start(active)
-        for name in active:
-            result = result + self._share(name, x, experts, weights).to(result.dtype)
-        return result
+        return result + self._share(active, x, experts, weights).to(result.dtype) if active else result
 
     def _mixed(self, x: Tensor, experts: Tensor, weights: Tensor, result: Tensor, names: list[str]) -> Tensor:
         if len(x) % len(names):
@@ -236,7 +234,7 @@ class ExpertLayer(AdapterLayer):
                 continue
             of_name = torch.tensor([own == name for own in names], device=x.device).repeat_interleave(length)
             tokens = of_name.nonzero().squeeze(1)
-            share = self._share(name, x[tokens], experts[tokens], weights[tokens])
+            share = self._share([name], x[tokens], experts[tokens], weights[tokens])
             result = result.index_add(0, tokens, share.to(result.dtype))
         return result
 
@@ -244,24 +242,38 @@ class ExpertLayer(AdapterLayer):
         """Not for experts, which need to know who is routed where."""
         raise NotImplementedError("ExpertLayer.forward")
 
-    def _share(self, adapter: str, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """``y' - y`` of each token over its experts, ``(n, H)``, in the dtype of the slices."""
-        slices = self.slices(adapter)
-        dtype = next(iter(slices.values())).weight.dtype
+    def _share(self, adapters: list[str], x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """``y' - y`` of each token over its experts by all adapters at once, ``(n, H)``, in the dtype of the slices."""
+        slices = [(name, each) for adapter in adapters for name, each in self.slices(adapter).items()]
+        dtype = slices[0][1].weight.dtype
         # Unbound once: the backward of each expert alone would fill a zero for all the others.
-        deltas = {name: each.weight.unbind(0) for name, each in slices.items()}
-        together = self._is_together(adapter, slices)
+        deltas = [each.weight.unbind(0) for _, each in slices]
+        together = len(adapters) == 1 and self._is_together(adapters[0], dict(slices))
         tokens, shares = [], []
         for expert, token, slot in routes(experts, self.view.experts):
-            own = {name: (slices[name].index[expert], deltas[name][expert]) for name in slices}
+            pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+            for (name, each), delta in zip(slices, deltas, strict=True):
+                pieces.setdefault(name, []).append((each.index[expert], delta[expert]))
+            own = {name: self._summed(name, of_name) for name, of_name in pieces.items()}
             share = self._expert_share(expert, x[token], own, together)
             tokens.append(token)
             shares.append(share * weights[token, slot, None].to(dtype))
         total = torch.zeros(x.shape, dtype=dtype, device=x.device)
         if not shares:
             # No token at all: the slices still take part, with gradients of zero.
-            return total + sum(each.weight.sum() for each in slices.values()) * 0
+            return total + sum(each.weight.sum() for _, each in slices) * 0
         return total.index_add(0, torch.cat(tokens), torch.cat(shares))
+
+    def _summed(self, name: str, pieces: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Channels and delta of several adapters as one: an expert is not linear, so they act on it together."""
+        if len(pieces) == 1:
+            return pieces[0]
+        sizes = [channels.numel() for channels, _ in pieces]
+        channels, places = torch.cat([channels for channels, _ in pieces]).unique(return_inverse=True)
+        rows = torch.cat([self.view.rows_of(name, each, channels.numel()) for each in places.split(sizes)])
+        delta = torch.cat([delta for _, delta in pieces])
+        total = delta.new_zeros(self.view.per_channel[name] * channels.numel(), self.view.width)
+        return channels, total.index_add(0, rows, delta)
 
     def _expert_share(self, expert: int, x: Tensor, own: dict[str, tuple[Tensor, Tensor]], together: bool) -> Tensor:
         """``V[:, U] (a'_U - a_U) + D a'_S`` for tokens of one expert, ``U`` its changed rows, ``S`` its columns."""
