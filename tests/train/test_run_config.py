@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from leantune.core.errors import ConfigError
+from leantune.data import layout
 from leantune.train import RunConfig
 from leantune.train.config import apply_overrides
 
@@ -42,6 +43,11 @@ def test_yaml_explains_every_field() -> None:
         assert field.description, name
         assert lines[place - 1].startswith("#"), name
         assert str(field.description).split()[-1] in lines[place - 1], name
+
+
+def test_every_format_is_named() -> None:
+    text = str(RunConfig.model_fields["format"].description)
+    assert [name for name in layout.names() if name not in text] == []
 
 
 def test_numbers_may_be_text_as_yaml_reads_1e_3(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def read_rows(
     Args:
         path: a ``.jsonl``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` file (the text ones also with ``.gz``), a
             folder, or ``owner/name``, ``owner/name:split``, ``owner/name/config:split``.
-        format: the layout of the rows (``messages``, ``sharegpt``, ``alpaca``, ``prompt-completion``,
+        format: the layout of the rows (``messages``, ``sharegpt``, ``alpaca``, ``prompt-completion``, ``image``,
             ``classification``, ``text``); found from the columns of the first record when not given, and then wanted
             of every row.
         columns: which column means what, where the names do not say: ``prompt=question,completion=answer``.

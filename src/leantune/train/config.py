@@ -52,8 +52,8 @@ class RunConfig(BaseModel):
     )
     format: str | None = Field(
         None,
-        description="Format of the rows: messages, sharegpt, alpaca, prompt-completion, classification or text; null "
-        "means by their columns",
+        description="Format of the rows: messages, sharegpt, alpaca, prompt-completion, image, classification or text; "
+        "null means by their columns",
     )
     columns: dict[str, str] | None = Field(
         None, description="Which column means what, where its name does not say: prompt=question,completion=answer"
