@@ -408,6 +408,20 @@ def test_experts_with_a_formula_of_their_own_are_refused() -> None:
     assert [type(module) for module in base.modules()] == before, "no linear layer was wrapped either"
 
 
+@pytest.mark.parametrize("wrong", [-1, tiny.CHANNELS])
+@pytest.mark.parametrize("layout", ["down", "up"])
+def test_a_channel_that_an_expert_does_not_have_is_refused(layout: str, wrong: int, tmp_path: Path) -> None:
+    """Nor is it taken for one of the expert before or behind."""
+    model = get_peft_model(tiny.model("mixtral"), S2FTConfig(channels=3, **LAYOUTS[layout]))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    stored = load_file(file)
+    stored[next(name for name in stored if name.endswith("index"))][1, 0] = wrong
+    save_file(stored, file)
+    with pytest.raises(AdapterError, match=r"indices of model\.layers\.0\.mlp\.experts"):
+        leantune.load(tiny.model("mixtral"), tmp_path)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_that_are_active_together_act_as_both_merged(family: str) -> None:
     """Both change the same channels, and one's columns read what the other's rows feed."""

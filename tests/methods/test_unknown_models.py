@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import tiny
 import unknown_models
-from leantune import S2FTConfig, convert_to_lora
-from leantune.core.errors import TargetError
+from leantune import S2FTConfig, convert_to_lora, load
+from leantune.core.errors import AdapterError, TargetError
 from leantune.methods.s2ft import S2FTConv2d, S2FTLinear
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import layers_of, objective, own_layers, start, trained
@@ -280,6 +281,18 @@ def test_a_reference_copy_and_another_choice_share_a_convolution() -> None:
                 model.get_parameter(name.replace(".default.", ".ref.")).copy_(parameter)
     model.set_adapter("ref")
     assert_same(quiet(model, "camera"), expected, "logits of the reference")
+
+
+def test_an_input_channel_that_a_convolution_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Of eight channels there is no ninth, though there are 72 columns."""
+    wrap("camera", channels=2, target_modules=["film"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    stored = load_file(file)
+    index = next(name for name in stored if name.endswith("index"))
+    stored[index][-9:] = torch.arange(72, 81)
+    save_file(stored, file)
+    with pytest.raises(AdapterError, match=r"indices of film: \d to 8; 0 to 7"):
+        load(unknown_models.model("camera"), tmp_path)
 
 
 def test_calibration_does_not_rank_channels_of_a_convolution() -> None:

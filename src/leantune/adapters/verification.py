@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ def wrong_indices(model: PeftModel, adapter_name: str, path: Path) -> list[str]:
         _, dim, index = module.delta_region(adapter_name)
         if dim is None or index is None or not index.numel():
             continue
-        size = layers.shape_of(module)[dim]
+        # Input entries of a convolution are channels, each with a kernel's worth of columns.
+        size = layers.shape_of(module)[dim] // (math.prod(layers.kernel_of(module)) if dim == 1 else 1)
         low, high = int(index.min()), int(index.max())
         where = f"{path / WEIGHTS_NAME}: indices of {name}"
         if low < 0 or high >= size:

@@ -324,9 +324,11 @@ class ExpertLayer(AdapterLayer):
             start += self.view.rows(name).shape[:2].numel()
         deltas, places = [], []
         for name, rows, delta in self._regions(adapter):
-            first = torch.arange(self.view.experts, device=rows.device)[:, None] * self.view.rows(name).shape[1]
+            length = self.view.rows(name).shape[1]
+            first = torch.arange(self.view.experts, device=rows.device)[:, None] * length
             deltas.append(delta.flatten(0, 1))
-            places.append((starts[name] + first + rows).flatten())
+            # A row that an expert does not have must not pass for one of the next.
+            places.append(torch.where((rows >= 0) & (rows < length), starts[name] + first + rows, -1).flatten())
         return torch.cat(deltas), 0, torch.cat(places)
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
