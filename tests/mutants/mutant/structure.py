@@ -68,8 +68,8 @@ EXPERT_FAULTS = (
     Fault(
         "each expert takes the delta of the one before",
         EXPERT,
-        "own = {name: (slices[name].index[expert], deltas[name][expert]) for name in slices}",
-        "own = {name: (slices[name].index[expert], deltas[name][expert - 1]) for name in slices}",
+        "pieces.setdefault(name, []).append((each.index[expert], delta[expert]))",
+        "pieces.setdefault(name, []).append((each.index[expert], delta[expert - 1]))",
         "training runs well and the merged model is another one",
         (f"{EXPERT_TESTS}::test_outputs_and_gradients_are_those_of_dense_weights[mixtral-down]",),
     ),
