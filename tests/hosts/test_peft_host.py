@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from host_model import OPTIONS, base
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 
 import tiny
@@ -108,3 +108,10 @@ def test_a_classification_head_trains_and_is_saved(family: str, tmp_path: Path) 
     model.save_pretrained(str(tmp_path))
     loaded = PeftModel.from_pretrained(tiny.model(family, torch.float32), tmp_path).eval()
     assert_same(no_grad_logits(loaded, tiny.ids()), no_grad_logits(model.eval(), tiny.ids()), "logits")
+
+
+def test_slices_are_float32_over_16_bits_whoever_injects_them() -> None:
+    """PEFT widens adapters in get_peft_model alone; here nobody does it for the layer."""
+    model = inject_adapter_in_model(S2FTConfig(**OPTIONS), base().to(torch.bfloat16))
+    dtypes = {name: each.dtype for name, each in model.named_parameters() if ".s2ft_" in name}
+    assert set(dtypes.values()) == {torch.float32}

@@ -211,6 +211,22 @@ def test_float32_delta_beside_a_weight_of_16_bits(axis: Axis, run: bool, dtype: 
     assert_close(grad_delta, exact_delta, torch.float32, 4, 10, what="gradient of delta")
 
 
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_slice_finer_than_16_bits_is_seen_in_the_output(axis: Axis, dtype: torch.dtype) -> None:
+    """Two entries of D that 16 bits cannot tell apart, inputs that cancel: the share is their difference, exactly."""
+    fine = torch.finfo(dtype).eps / 8
+    pair = torch.tensor([1 + fine, 1.0])
+    x, weight = torch.zeros(1, 4, dtype=dtype), torch.zeros(3, 4, dtype=dtype)
+    x[0, 0], x[0, 1] = 1, -1
+    if axis == "in":
+        delta, index, expected = pair.repeat(3, 1), torch.tensor([0, 1]), torch.full((1, 3), fine)
+    else:
+        delta, index, expected = torch.zeros(1, 4), torch.tensor([2]), torch.tensor([[0, 0, fine]])
+        delta[0, :2] = pair
+    assert_same(partial_linear(x, weight, None, delta, index, axis), expected.to(dtype), "output")
+
+
 def _saved(case: Case) -> list[Tensor]:
     kept: list[Tensor] = []
 

@@ -200,8 +200,8 @@ def test_gradient_checkpointing_changes_no_number(config: dict[str, Any], tmp_pa
 def poison_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training diverges: from that step on the adapter holds a NaN, in the last of its parameters.
 
-    One in a query would not always be seen in the loss: torch's attention on a CPU with AVX512 gives zeros for a NaN
-    in rows of less than 16 tokens. The gradient norm shows it there, one check later.
+    One in a query would not always be seen in the loss: torch 2.13's attention on a CPU with AVX512 was seen to
+    give zeros for a NaN in rows of 7 tokens (and NaN at 21). The gradient norm shows it there, one check later.
     """
     genuine = LeanTrainer.training_step
 

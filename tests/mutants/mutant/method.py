@@ -13,7 +13,6 @@ KERNEL_TESTS = "tests/kernels/test_partial_linear.py"
 S2FT_TESTS = "tests/methods/test_s2ft.py"
 PACKED_TESTS = "tests/methods/test_packed_base.py"
 CONTRACT = "tests/methods/test_contract.py"
-TRAINER_TESTS = "tests/train/test_lean_trainer.py"
 
 KERNEL_FAULTS = (
     Fault(
@@ -57,7 +56,7 @@ KERNEL_FAULTS = (
         "_add_product(rows, kept.to(delta.dtype), delta.t())",
         "_add_product(rows, kept, delta.t().to(kept.dtype))",
         "over a bfloat16 base small updates of the slice are rounded away in the forward",
-        (f"{KERNEL_TESTS}::test_float32_delta_beside_a_weight_of_16_bits",),
+        (f"{KERNEL_TESTS}::test_a_slice_finer_than_16_bits_is_seen_in_the_output",),
     ),
 )
 
@@ -101,8 +100,7 @@ LAYER_FAULTS = (
         "return torch.float64 if self.weight.dtype == torch.float64 else torch.float32",
         "return self.weight.dtype",
         "over a bfloat16 base the trained slice has 8 bits: updates below 1/256 are lost",
-        (CONTRACT,),
-        "s2ft-toy-llama and (trained_dtype or over_bfloat16)",
+        ("tests/hosts/test_peft_host.py::test_slices_are_float32_over_16_bits_whoever_injects_them",),
     ),
     Fault(
         "unmerge by subtraction",
@@ -140,7 +138,7 @@ LAYER_FAULTS = (
         "            super().inject_adapter(model, adapter_name, *args, **kwargs)\n"
         "            model.requires_grad_(True)\n",
         "the whole base gets gradients, moments and changed weights that no adapter file holds",
-        (f"{TRAINER_TESTS}::test_only_the_adapter_changes_and_only_it_has_optimizer_state",),
+        (f"{CONTRACT}::test_contract[s2ft-toy-llama-training_touches_what_trains_alone]",),
     ),
     Fault(
         "every row of a mixed batch gets every adapter",
