@@ -88,7 +88,7 @@ def evaluate_run(
         about += f"; {found.tuned.truncated} rows were cut"
     out.print(about, style="dim", markup=False, soft_wrap=True)
     units = [f"{METRICS[name].title} in {METRICS[name].unit}" for name in found.difference if METRICS[name].unit]
-    signatures = [f"sacrebleu {text}" for name, text in found.tuned.settings.items() if name.endswith("_signature")]
+    signatures = [text for name, text in found.tuned.settings.items() if name.endswith("_signature")]
     for text in ("; ".join(units), *signatures, base.note):
         if text:
             out.print(text, style="dim", markup=False, soft_wrap=True)
