@@ -56,7 +56,7 @@ def _method(method: Method) -> list[str]:
     text += ["; ".join(facts) + ".", ""]
     if not method.config.__module__.startswith("leantune."):
         return [*text, f"Options: those of `{method.config.__module__.split('.')[0]}.{method.config.__name__}`.", ""]
-    options = options_of(method.config)
+    options = options_of(method.config, method.options)
     return [*text, *(_table(options) if options else ["No options."]), ""]
 
 

@@ -33,7 +33,7 @@ ADAPTERS = [name for name in methods.names() if methods.get(name).is_adapter]
 
 def config_of(name: str, **more: Any) -> Any:
     method = methods.get(name)
-    return method.config(**{**method.toy_options, "task_type": "CAUSAL_LM", **more})
+    return method.make_config(**{**method.toy_options, "task_type": "CAUSAL_LM", **more})
 
 
 def wrapped(name: str, folder: Path, **more: Any) -> Any:

@@ -120,6 +120,25 @@ def test_a_sound_method_passes_every_check() -> None:
     assert len(others) == 3
 
 
+def test_a_preset_is_a_method_of_its_own_over_the_same_config() -> None:
+    preset = TOY.preset("toy-eight", {"r": 8}, title="Toy of rank 8", mergeable=False)
+    register(preset)
+    try:
+        assert preset.make_config().r == 8
+        assert preset.make_config(r=2).r == 2, "the user's own option wins"
+        assert _registry.of_config(ToyConfig(r=8)).name == "toy-eight"
+        assert _registry.of_config(ToyConfig(r=2)).name == METHOD
+        assert (preset.formula, preset.mergeable, TOY.mergeable) == (TOY.formula, False, True)
+        narrower = preset.preset("toy-eight-in", {"target_modules": ["lin0"]})
+        assert narrower.make_config().r == 8
+        register(narrower)
+        # A list of names is a set in the config.
+        assert _registry.of_config(ToyConfig(r=8, target_modules=["lin0"])).name == "toy-eight-in"
+    finally:
+        for name in ("toy-eight", "toy-eight-in"):
+            _registry._METHODS.pop(name, None)
+
+
 def test_all_failures_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
     from leantune import testing
 

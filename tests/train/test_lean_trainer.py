@@ -278,6 +278,56 @@ def test_a_plan_chooses_groups_optimizer_sampler_and_callbacks(
     assert losses_of(trainer)[0] == pytest.approx(mean, rel=1e-6), "the sampler's rows, in its order"
 
 
+def test_a_plan_takes_schedule_clipping_and_the_whole_loss(
+    llama: Any, tmp_path: Path, examples: list[dict[str, Any]]
+) -> None:
+    """A constant rate of its own, every gradient cut to a length of its own, and twice the mean of each pass's loss."""
+    seen: list[dict[str, Any]] = []
+    rows = [{**example, "weight": float(number)} for number, example in enumerate(examples[:8])]
+
+    def schedule(optimizer: Any, steps: int, arguments: TrainingArguments) -> Any:
+        assert steps == 2
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+
+    def clip(limit: float) -> Tensor:
+        assert limit == 1.0
+        gradients = [each.grad for each in llama.parameters() if each.grad is not None]
+        for gradient in gradients:
+            gradient.mul_(1e-3)
+        return torch.tensor(float(len(gradients)))
+
+    def loss(model: nn.Module, inputs: dict[str, Any], columns: dict[str, Any]) -> Tensor:
+        assert list(columns) == ["weight"]
+        assert "weight" not in inputs
+        found: Tensor = model(**inputs).loss * 2
+        return found
+
+    plan = TrainingPlan(
+        optimizer=plain_descent,
+        scheduler=schedule,
+        clip=clip,
+        loss=loss,
+        before_forward=seen.append,
+        batch_columns=("weight",),
+    )
+    before = state_of(llama)
+    options = {"max_steps": 2, "max_grad_norm": 1.0, "gradient_accumulation_steps": 2, "eval_dataset": rows[:2]}
+    trainer = make_trainer(llama, tmp_path, rows, ("weight",), plan=plan, per_device_train_batch_size=2, **options)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "grad_norm" in line]
+    assert [line["learning_rate"] for line in lines] == [0.05, 0.05]
+    parameters = len(list(llama.parameters()))
+    assert [line["grad_norm"] for line in lines] == [parameters] * 2
+    assert [sorted(each["weight"].tolist()) for each in seen] != []
+    assert sorted(row for each in seen for row in each["weight"].tolist()) == [0, 1, 2, 3, 4, 5, 6, 7]
+    moved = max((llama.state_dict()[name] - before[name]).abs().max().item() for name in before)
+    assert 0 < moved < 2 * 0.05 * 1e-3 * 100
+
+    llama.load_state_dict(before)
+    trainer.evaluate()
+    assert len(seen) == 4, "an evaluation is none of the plan's forwards"
+
+
 def test_callbacks_of_a_model_for_a_trainer_of_ones_own(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import TrainerControl, TrainerState
 

@@ -123,15 +123,16 @@ def refuse_unmergeable(model: PeftModel, adapter_name: str) -> None:
     inner = model.get_base_model()
     where = f"adapter '{adapter_name}'"
     problems = []
+    reason = ""
     try:
-        mergeable = methods.of_config(config).mergeable
+        method = methods.of_config(config)
+        mergeable, reason = method.mergeable, method.cannot_merge
     except LeantuneError:
         mergeable = not config.is_prompt_learning
     if not mergeable:
         name = adapter_folder.method_name(config)
-        problems.append(
-            describe(where, f"{name} is no change of weights", "one that is", "keep the adapter beside the base")
-        )
+        got = reason or f"{name} is no change of weights"
+        problems.append(describe(where, got, "a change of weights", "keep the adapter beside the base"))
     marked = getattr(inner, "hf_quantizer", None) is not None or getattr(inner, "is_quantized", False)
     if marked and not any(map(packed_weight.is_packed, inner.modules())):
         problems.append(

@@ -33,7 +33,7 @@ _REGISTRATION = """
 import json, leantune, peft
 from leantune.methods import get, names
 ours = {name: get(name) for name in names() if get(name).is_adapter}
-types = {name: getattr(method.config(), "peft_type", None) for name, method in ours.items()}
+types = {name: getattr(method.make_config(), "peft_type", None) for name, method in ours.items()}
 print(json.dumps([name for name, kind in types.items() if kind not in peft.PEFT_TYPE_TO_CONFIG_MAPPING]))
 """
 

@@ -51,13 +51,13 @@ def _facts(method: Method) -> dict[str, Any]:
         "name": method.name,
         "title": method.title,
         "formula": method.formula,
-        "trainable_parameters_4096x4096": method.trainable_parameters(method.config(), LAYER, LAYER),
+        "trainable_parameters_4096x4096": method.trainable_parameters(method.make_config(), LAYER, LAYER),
         "is_adapter": method.is_adapter,
         "mergeable": method.mergeable,
         "lora_form": method.lora_form,
         "default_learning_rate": method.default_learning_rate,
         "paper": method.paper,
-        "presets": {preset: dict(options) for preset, options in method.presets.items()},
+        "options_set": dict(method.options),
     }
 
 
@@ -68,7 +68,7 @@ def _show_all(found: list[Method]) -> None:
     table.add_column("merges", no_wrap=True)
     table.add_column("title, formula, paper")
     for method in found:
-        trained = method.trainable_parameters(method.config(), LAYER, LAYER)
+        trained = method.trainable_parameters(method.make_config(), LAYER, LAYER)
         lines = [method.title, method.formula] + ([method.paper] if method.paper != "-" else [])
         about = Text("\n").join([Text(lines[0]), *(Text(line, style="dim") for line in lines[1:])])
         table.add_row(
@@ -81,7 +81,7 @@ def _show_all(found: list[Method]) -> None:
 
 
 def _show_one(method: Method, as_json: bool) -> None:
-    options = options_of(method.config)
+    options = options_of(method.config, method.options)
     if as_json:
         listed = [dataclasses.asdict(option) | {"default": _plain(option.default)} for option in options]
         typer.echo(json.dumps(_facts(method) | {"options": listed}, indent=2, default=str))

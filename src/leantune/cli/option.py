@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,8 +40,13 @@ class Option:
         return _without_none(self.annotation) == (bool,)
 
 
-def options_of(config: type) -> list[Option]:
-    """The options of a method's config dataclass, in the order of its fields."""
+def options_of(config: type, set_by_name: Mapping[str, Any] | None = None) -> list[Option]:
+    """The options of a method's config dataclass, in the order of its fields.
+
+    Args:
+        config: the dataclass.
+        set_by_name: what the method's name sets instead of the dataclass's own defaults.
+    """
     from leantune.train.option import user_options
 
     hints = typing.get_type_hints(config)
@@ -53,6 +58,7 @@ def options_of(config: type) -> list[Option]:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         text = " ".join(str(field.metadata.get("help", "")).split())
         shown = None if default is dataclasses.MISSING else default
+        shown = (set_by_name or {}).get(name, shown)
         found.append(Option(name, type_name(hints[name]), shown, text, hints[name]))
     return found
 

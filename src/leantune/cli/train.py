@@ -30,7 +30,8 @@ def command(words: list[str]) -> Any:
     if name is not None:
         from leantune.methods import get
 
-        options += [(option, f"Method {name}") for option in options_of(get(name).config)]
+        method = get(name)
+        options += [(option, f"Method {name}") for option in options_of(method.config, method.options)]
     return one_command(with_options(train, options))
 
 

@@ -20,6 +20,12 @@ class TrainingPlan:
         parameter_groups: ``(model, learning_rate, weight_decay) -> list of parameter groups`` for the optimizer.
         optimizer: ``(parameter groups, learning_rate, training_arguments) -> torch.optim.Optimizer``.
         sampler: ``(dataset, seed) -> torch.utils.data.Sampler`` of row indices.
+        scheduler: ``(optimizer, total steps, training_arguments) -> LRScheduler``; replaces the run's schedule.
+        clip: ``(max_norm) -> norm``; replaces clipping of the norm of all gradients together.
+        before_forward: called with the extra columns before each training forward. What it sets stays until the next
+            call: a checkpointed layer is run again in the backward.
+        loss: ``(model, inputs, columns) -> scalar``; replaces the whole loss of a training forward. It is a mean in
+            the method's own sense: an optimizer step takes the mean over its forward passes.
         after_optimizer_step: called with the global step (from 1) after each optimizer step.
         batch_columns: names of extra columns that the collator must carry into the batch.
         loss_reduction: ``(loss_sum, tokens, columns) -> scalar``, with ``loss_sum`` and ``tokens`` of shape
@@ -30,6 +36,10 @@ class TrainingPlan:
     parameter_groups: Callable[[nn.Module, float, float], list[dict[str, Any]]] | None = None
     optimizer: Callable[..., Any] | None = None
     sampler: Callable[[Any, int], Any] | None = None
+    scheduler: Callable[[Any, int, Any], Any] | None = None
+    clip: Callable[[float], Tensor] | None = None
+    before_forward: Callable[[dict[str, Any]], None] | None = None
+    loss: Callable[[Any, dict[str, Any], dict[str, Any]], Tensor] | None = None
     after_optimizer_step: Callable[[int], None] | None = None
     batch_columns: tuple[str, ...] = ()
     loss_reduction: Callable[[Tensor, Tensor, dict[str, Any]], Tensor] | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -45,11 +45,12 @@ class Method:
         needs_batches: ``(config) -> bool``: with this config the start is computed from data, by
             ``leantune.initialize``.
         lora_form: its change is exactly ``B A`` with factors from ``AdapterLayer.lora_factors``.
+        cannot_merge: of an adapter that is not mergeable: why, in a clause that follows its name.
         default_learning_rate: where a run starts when no rate is given.
         trainable_parameters: ``(config, out_features, in_features) -> count`` for one linear layer.
         apply: ``(model, config) -> model`` made trainable.
         plan: ``(model) -> TrainingPlan``.
-        presets: other names over the same config, with the options each one sets.
+        options: options that the method's name sets, below those a user gives; see :meth:`preset`.
         toy_options: options that make sense on the tiny models of the contract suite.
     """
 
@@ -65,10 +66,32 @@ class Method:
     identity_at_init: bool = True
     needs_batches: Callable[[Any], bool] = _never
     lora_form: bool = True
+    cannot_merge: str = ""
     default_learning_rate: float = 1e-3
     plan: Callable[[nn.Module], TrainingPlan] = _empty_plan
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
     toy_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def preset(self, name: str, options: Mapping[str, Any], **changes: Any) -> Method:
+        """Another method over the same config: its own name, the options that this name sets, and what else differs.
+
+        Example:
+            ``register(LORA.preset("rslora", {"use_rslora": True}, title="Rank-stabilised LoRA", paper="..."))``
+
+        Args:
+            name: what users type.
+            options: options of the config that the name sets; a user's own win over them.
+            changes: other fields of :class:`Method`.
+        """
+        return replace(self, name=name, options={**self.options, **options}, **changes)
+
+    def make_config(self, **options: Any) -> Any:
+        """A config object: the given options over those that the name sets.
+
+        Raises:
+            LeantuneError: the config refuses them.
+        """
+        return self.config(**{**self.options, **options})
 
 
 _METHODS: dict[str, Method] = {}
@@ -124,15 +147,16 @@ def get(name: str) -> Method:
 
 
 def of_config(config: object) -> Method:
-    """The method that a config object belongs to.
+    """The method that a config object belongs to: among those of its type, the one most of whose options it carries.
 
     Raises:
         MethodError: no registered method has a config of that type.
     """
     _discover()
-    for method in _METHODS.values():
-        if type(config) is method.config:
-            return method
+    found = [method for method in _METHODS.values() if type(config) is method.config and _carries(config, method)]
+    if found:
+        # Of equals the first one registered: a method before its presets.
+        return max(found, key=lambda method: len(method.options))
     raise MethodError(
         describe(
             f"config {type(config).__name__}",
@@ -141,3 +165,9 @@ def of_config(config: object) -> Method:
             "use one of these, or register a method",
         )
     )
+
+
+def _carries(config: object, method: Method) -> bool:
+    # A default instance of the preset knows how the config class writes a value (a list becomes a set).
+    wanted = method.make_config()
+    return all(getattr(config, name, None) == getattr(wanted, name) for name in method.options)

@@ -45,7 +45,7 @@ class Subject:
 
     def config(self, **more: Any) -> Any:
         """A config with the toy options, those of this subject, and ``more``."""
-        return self.method.config(**{**self.method.toy_options, **self.options, **more})
+        return self.method.make_config(**{**self.method.toy_options, **self.options, **more})
 
     def base(self, dtype: torch.dtype = torch.float64) -> nn.Module:
         """The language model; the same weights at each call."""

@@ -63,7 +63,7 @@ def method_options(method: Method, options: dict[str, Any]) -> tuple[dict[str, A
 def _contradictions(method: Method, values: dict[str, Any]) -> list[str]:
     """What the method's own config says against options that are fine one by one."""
     try:
-        method.config(**values)
+        method.make_config(**values)
     except LeantuneError as error:
         return [str(error)]
     except (ValueError, TypeError) as error:

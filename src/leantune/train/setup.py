@@ -174,7 +174,7 @@ def method_config(method: Method, config: RunConfig, base: BaseModel | None = No
         options["task_type"] = _TASK_TYPES.get(config.task)
     if base is not None and config.task in HEAD_TASKS and method.is_adapter:
         settle_head(options, base, method)
-    return method.config(**options)
+    return method.make_config(**options)
 
 
 def apply_method(config: RunConfig, base: BaseModel) -> Any:

@@ -112,7 +112,11 @@ class LeanTrainer(Trainer):
         inputs, documents = packed_inputs(dict(inputs))
         columns = {name: inputs.pop(name) for name in self.plan.batch_columns if name in inputs}
         outputs = None
-        if self.task != "causal-lm":
+        if model.training and self.plan.before_forward is not None:
+            self.plan.before_forward(columns)
+        if model.training and self.plan.loss is not None:
+            loss = self.plan.loss(model, inputs, columns) / self._passes()
+        elif self.task != "causal-lm":
             outputs = model(**inputs)
             items = count_items(self.task, inputs["labels"])
             loss = outputs.loss * items / self._items(num_items_in_batch, items)
@@ -125,13 +129,16 @@ class LeanTrainer(Trainer):
             losses = compute(model, inputs, selection)
             if model.training and self.plan.loss_reduction is not None:
                 # A method's own reduction is a mean in its own sense: the step takes the mean over its passes.
-                loss = self.plan.loss_reduction(*per_row(losses, selection), columns)
-                loss = loss / getattr(self, "current_gradient_accumulation_steps", 1)
+                loss = self.plan.loss_reduction(*per_row(losses, selection), columns) / self._passes()
             else:
                 loss = losses.sum() / self._items(num_items_in_batch, len(losses))
         if model.training:
             self._check_finite("the loss", loss.detach())
         return (loss, outputs if outputs is not None else {"loss": loss}) if return_outputs else loss
+
+    def _passes(self) -> int:
+        """Forward passes of the optimizer step."""
+        return int(getattr(self, "current_gradient_accumulation_steps", 1))
 
     def _takes_stock_path(self) -> bool:
         return self.logits == "all" and self.plan.loss_reduction is None and self.model_accepts_loss_kwargs
@@ -161,6 +168,12 @@ class LeanTrainer(Trainer):
             seen.add(batch)
         self.meter.join(distributed.sums(seen.counts, self.args.device))
         return batches, items
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As the Trainer's, or as the plan clips; the norm before it."""
+        if self.plan.clip is not None:
+            return self.plan.clip(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient norm; a step is never taken with one that is not finite."""
@@ -215,6 +228,14 @@ class LeanTrainer(Trainer):
                 groups, lr=rate, betas=betas, eps=self.args.adam_epsilon, fused=contiguous
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The named schedule, or the plan's."""
+        if self.plan.scheduler is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            self.lr_scheduler = self.plan.scheduler(optimizer or self.optimizer, num_training_steps, self.args)
+        return self.lr_scheduler
 
     def _parameter_groups(self, model: nn.Module, decay: float) -> list[dict[str, Any]]:
         trainable = {name: each for name, each in model.named_parameters() if each.requires_grad}
