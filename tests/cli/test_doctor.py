@@ -155,7 +155,7 @@ def test_the_embedded_model_and_its_cache(tmp_path: Path, monkeypatch: pytest.Mo
     assert of(diagnosis.check_models)["smollm2-135m"].status == "warning"
     folder = embedded.converted_folder()
     folder.mkdir(parents=True)
-    for name in embedded.FILES:
+    for name in embedded.SMOLLM2.files:
         (folder / name).write_bytes(b"x" * 10**6)
     assert of(diagnosis.check_models)["smollm2-135m"].text == "ready, 4 MB"
     monkeypatch.setattr(os, "access", lambda path, mode: False)

@@ -69,12 +69,12 @@ def stock_name(base: dict[str, Any]) -> str | None:
     Args:
         base: of an adapter's record. Weights that came from the Hub have the Hub's name, and no others claim it.
     """
-    from leantune.models.embedded import EMBEDDED_NAME
+    from leantune.models.embedded import MODELS
 
     name = base.get("name")
     if base.get("source") == "hub" or not name:
         return base.get("hub_id") or name
-    if name == EMBEDDED_NAME:
+    if name in MODELS:
         return location(name)[0]
     path = Path(name).expanduser()
     return str(path.resolve()) if path.exists() else str(name)

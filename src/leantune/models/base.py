@@ -14,7 +14,7 @@ from leantune.core import packed_weight
 from leantune.core.errors import ModelError, describe, did_you_mean, require
 from leantune.models import gguf, quantisation
 from leantune.models.content import content_hash
-from leantune.models.embedded import EMBEDDED_NOTE, Progress, say
+from leantune.models.embedded import MODELS, Progress, say
 from leantune.models.location import Location, Source, first_line, locate
 from leantune.models.quantisation import Quantisation
 from leantune.models.quiet import quiet
@@ -97,7 +97,7 @@ def load_base(
     """Load a base model and its tokenizer. Weights are read from safetensors or GGUF, never from a pickle.
 
     Args:
-        name: ``smollm2-135m``, a transformers folder, a ``.gguf`` file, or a Hub id.
+        name: ``smollm2-135m``, ``minilm-l6``, a transformers folder, a ``.gguf`` file, or a Hub id.
         task: ``causal-lm``; ``masked-lm`` for an encoder; ``classification`` or ``regression`` put a sequence head on
             it, fresh (from a fixed seed) where the file has none that fits; ``image-classification`` does so with an
             image model and reads its image processor.
@@ -171,7 +171,7 @@ def load_tokenizer(
 def note_of(location: Location) -> str | None:
     """The sentence that results on this model have to carry, or None."""
     if location.source == "embedded":
-        return EMBEDDED_NOTE
+        return MODELS[location.name].note
     if location.source == "gguf" and location.path is not None:
         return gguf.describe_quantisation(gguf.read(location.path))
     return None

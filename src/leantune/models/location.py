@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from leantune.core.errors import ModelError, describe, did_you_mean
 from leantune.models import embedded
-from leantune.models.embedded import EMBEDDED_NAME, Progress, say
+from leantune.models.embedded import EMBEDDED_NAME, MODELS, Progress, say
 
 Source = Literal["hub", "folder", "gguf", "embedded"]
 
@@ -46,17 +46,17 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None, progres
     """Find a base model and check, before any weight is read, that it can be used.
 
     Args:
-        name: ``smollm2-135m``, a folder, a ``.gguf`` file, or a Hub id. A folder that has the name of the embedded
-            model is reached as ``./smollm2-135m``.
+        name: ``smollm2-135m``, ``minilm-l6``, a folder, a ``.gguf`` file, or a Hub id. A folder that has the name of
+            an embedded model is reached as ``./smollm2-135m``.
         revision: branch, tag or commit; on the Hub only.
-        progress: called with one line of text when the embedded model has to be fetched.
+        progress: called with one line of text when an embedded model has to be fetched.
 
     Raises:
         ModelError: there is nothing of that name, or what is there cannot be used.
     """
     text = os.fspath(name)
-    if text == EMBEDDED_NAME:
-        folder = embedded.ensure(progress)
+    if text in MODELS:
+        folder = embedded.ensure(progress, MODELS[text])
         return Location(text, "embedded", str(folder), path=folder)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -78,12 +78,12 @@ def _looks_local(text: str) -> bool:
 
 
 def _near_embedded(text: str) -> bool:
-    # A bare name this close to the embedded one is a slip of the finger, not a Hub id worth a minute of asking.
-    return "/" not in text and bool(difflib.get_close_matches(text.lower(), [EMBEDDED_NAME], cutoff=0.75))
+    # A bare name this close to an embedded one is a slip of the finger, not a Hub id worth a minute of asking.
+    return "/" not in text and bool(difflib.get_close_matches(text.lower(), list(MODELS), cutoff=0.75))
 
 
 def _not_found(text: str, path: Path) -> str:
-    known = {EMBEDDED_NAME}
+    known = set(MODELS)
     if path.parent.is_dir():
         prefix = text[: len(text) - len(path.name)]
         models = (entry for entry in path.parent.iterdir() if _is_model(entry))

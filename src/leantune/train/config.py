@@ -33,7 +33,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
-    model: str = Field(description="Base model: a Hub id, a local folder, a GGUF file, or smollm2-135m")
+    model: str = Field(description="Base model: a Hub id, a local folder, a GGUF file, smollm2-135m or minilm-l6")
     data: Path = Field(
         description="Training rows: a jsonl, json, csv, tsv or parquet file, a folder of these, or a Hub data set "
         "(owner/name, owner/name/config:split)"
