@@ -46,6 +46,8 @@ class Method:
             ``leantune.initialize``.
         lora_form: its change is exactly ``B A`` with factors from ``AdapterLayer.lora_factors``.
         cannot_merge: of an adapter that is not mergeable: why, in a clause that follows its name.
+        has_tasks: several adapters of one config train side by side, each on its own task's rows of a mixed batch; its
+            tuner model has ``set_row_tasks(names)``, one name a row.
         default_learning_rate: where a run starts when no rate is given.
         trainable_parameters: ``(config, out_features, in_features) -> count`` for one linear layer.
         apply: ``(model, config) -> model`` made trainable.
@@ -67,6 +69,7 @@ class Method:
     needs_batches: Callable[[Any], bool] = _never
     lora_form: bool = True
     cannot_merge: str = ""
+    has_tasks: bool = False
     default_learning_rate: float = 1e-3
     plan: Callable[[nn.Module], TrainingPlan] = _empty_plan
     options: Mapping[str, Any] = field(default_factory=dict)
