@@ -52,6 +52,13 @@ class Cells:
         temporary.replace(path)
         return result  # type: ignore[no-any-return]
 
+    def restore(self, done: list[Any]) -> None:
+        """Write the files of cells that a committed result holds and this folder lacks."""
+        for each in done:
+            path = self.path(each["cell"])
+            if not path.exists():
+                path.write_text(json.dumps(each, indent=1) + "\n")
+
     def all(self) -> list[Any]:
         """Every cell done, with its result."""
         return [json.loads(path.read_text()) for path in sorted(self.folder.glob("*.json"))]
