@@ -20,6 +20,8 @@ except PackageNotFoundError:
 
 _PUBLIC = {
     "S2FTConfig": "leantune.methods.s2ft",
+    "LoraXSConfig": "leantune.methods.lora_xs",
+    "MultiLoraConfig": "leantune.methods.multi_lora",
     "FullConfig": "leantune.methods.full",
     "Method": "leantune.methods",
     "TrainingPlan": "leantune.methods",

@@ -32,6 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from leantune.core.errors import MethodError, describe
+from leantune.methods._first_step import DEFAULT_OPTIMIZER, Step
 
 GRADIENT_BYTES = 2**30
 Batch = Mapping[str, Any]
@@ -123,6 +124,7 @@ class Calibration:
         model: the model, adapters on it or not; it is measured as the base alone.
         batches: see :func:`leantune.initialize`, as are ``step_size`` and ``loss``.
         step_size: for methods whose start is an optimizer step.
+        optimizer: whose step that is.
         loss: what gradients are taken of.
         gradient_bytes: most bytes of gradients at one time (one layer's are held in any case).
     """
@@ -133,12 +135,16 @@ class Calibration:
         batches: Iterable[Batch],
         *,
         step_size: float | None = None,
+        optimizer: str | Step = DEFAULT_OPTIMIZER,
         loss: Loss | None = None,
         gradient_bytes: int = GRADIENT_BYTES,
     ) -> None:
         self.model = model
         self.batches = _checked(batches)
         self.step_size = step_size
+        self.optimizer = optimizer
+        # What a start has to tell of itself, for who called for it.
+        self.told: dict[str, Any] = {}
         self.gradient_bytes = gradient_bytes
         self.passes = 0
         parameter = next(model.parameters())

@@ -14,6 +14,7 @@ from leantune.core.errors import MethodError
 from leantune.methods._initialization import initialize
 from leantune.testing.closeness import assert_same, assert_same_state
 from leantune.testing.subject import (
+    STEP_SIZE,
     Subject,
     Wrapped,
     calibration_batches,
@@ -33,7 +34,7 @@ def _waiting(subject: Subject) -> Wrapped:
 
 
 def _started(model: Wrapped) -> Wrapped:
-    initialize(model, calibration_batches(model), loss=calibration_loss)
+    initialize(model, calibration_batches(model), step_size=STEP_SIZE, loss=calibration_loss)
     return model
 
 

@@ -15,6 +15,9 @@ from leantune.methods._base import AdapterLayer
 from leantune.methods._initialization import initialize
 from leantune.testing import model as tiny
 
+STEP_SIZE = 0.05
+"""Of a start that is an optimizer's first step; methods with another start ignore it."""
+
 Wrapped = Any
 """A model with a method on it: a ``PeftModel``, or the model itself where the method is no adapter."""
 
@@ -69,7 +72,7 @@ class Subject:
             config = self.config(**more)
             wrapped = self.method.apply(base, config)
             if self.method.needs_batches(config):
-                initialize(wrapped, calibration_batches(wrapped), loss=calibration_loss)
+                initialize(wrapped, calibration_batches(wrapped), step_size=STEP_SIZE, loss=calibration_loss)
         if started:
             start(wrapped)
         return wrapped.eval()
@@ -79,7 +82,7 @@ class Subject:
         config = self.config(task_type="CAUSAL_LM", **more)
         model.add_adapter(adapter, config)
         if self.method.needs_batches(config):
-            initialize(model, calibration_batches(model), loss=calibration_loss)
+            initialize(model, calibration_batches(model), step_size=STEP_SIZE, loss=calibration_loss)
 
     def wrap_perceptron(self, dtype: torch.dtype = torch.float64, *, started: bool = True, **more: Any) -> Wrapped:
         """The method on both linear layers of the perceptron."""

@@ -12,6 +12,7 @@ from leantune.methods import TrainingPlan
 from leantune.methods._initialization import initialize
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import (
+    STEP_SIZE,
     Subject,
     Wrapped,
     calibration_batches,
@@ -216,7 +217,7 @@ def trained_count_is_the_stated_one(subject: Subject) -> None:
         stated = subject.method.trainable_parameters(copy.deepcopy(config), out_features, in_features)
         model = subject.method.apply(model, config)
         if subject.method.needs_batches(config):
-            initialize(model, calibration_batches(model), loss=calibration_loss)
+            initialize(model, calibration_batches(model), step_size=STEP_SIZE, loss=calibration_loss)
         real = sum(parameter.numel() for parameter in trained(model).values())
         if stated != real:
             raise AssertionError(f"({out_features}, {in_features}): {stated} parameters stated, {real} train")

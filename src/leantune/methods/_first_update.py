@@ -1,0 +1,96 @@
+"""The start from the first step: gradients of one layer after another, their step, and its truncated SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.distributed as distributed
+from torch import Tensor, nn
+
+from leantune.core.errors import MethodError, describe
+from leantune.methods import _low_rank_start as starting
+from leantune.methods import _rank_budget as budgeting
+from leantune.methods._base import linear_features
+from leantune.methods._calibration import Calibration, LinearGradient
+from leantune.methods._first_step import first_step
+
+Starts = Iterator[tuple[str, starting.Start]]
+
+
+def estimate(config: Any, bases: Mapping[str, nn.Module], data: Calibration) -> tuple[dict[str, int] | None, Starts]:
+    """The start of every layer from the first step on its weight.
+
+    Args:
+        config: a LoraXSConfig.
+        bases: path -> base layer.
+        data: the batches, the optimizer and its step size; ``data.told`` gets what a run reports of the start.
+
+    Returns:
+        The ranks that ``r="auto"`` gave (None otherwise), and path -> start, one layer after another.
+
+    Raises:
+        MethodError: no step size, or an optimizer whose first step is not known.
+    """
+    if data.step_size is None:
+        raise MethodError(
+            describe(
+                "initialize",
+                "no step_size, which is the length of the optimizer's first step that this start approximates",
+                "the learning rate of the first step above zero",
+                "call leantune.initialize(model, batches, step_size=...)",
+            )
+        )
+    shapes = {path: linear_features(base)[::-1] for path, base in bases.items()}
+    name = data.optimizer if isinstance(data.optimizer, str) else getattr(data.optimizer, "__name__", "custom")
+    data.told.update(optimizer=name, step_size=data.step_size)
+    if config.r != "auto":
+        ranks = budgeting.uniform_ranks(shapes, config.r)
+        return None, _told(_starts(config, bases, shapes, ranks, data), data)
+    widest = budgeting.uniform_ranks(shapes, budgeting.WIDEST * config.rank_budget)
+    # All layers' spectra are known before the first rank is; their factors wait where there is room.
+    found = {path: start.to("cpu") for path, start in _starts(config, bases, shapes, widest, data)}
+    spectra = {path: start.S for path, start in found.items()}
+    ranks = budgeting.allot(spectra, budgeting.budget_of(shapes, config.rank_budget))
+    return ranks, _told(((path, start.cut(ranks[path])) for path, start in found.items()), data)
+
+
+def _starts(
+    config: Any,
+    bases: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    data: Calibration,
+) -> Starts:
+    sources = {path: LinearGradient(base, shapes[path]) for path, base in bases.items()}
+    for path, gradient in data.weight_gradients(sources):
+        start = _start(config, path, gradient, ranks[path], data)
+        # Let go of, before the next one comes.
+        del gradient
+        yield path, _shared(start)
+
+
+def _start(config: Any, path: str, gradient: Tensor, rank: int, data: Calibration) -> starting.Start:
+    assert data.step_size is not None
+    step = first_step(data.optimizer, gradient, data.step_size)
+    if config.noise:
+        starting.add_noise(step, config.noise, config.seed, path)
+    return starting.decompose(step, rank, config.seed, path)
+
+
+def _told(starts: Starts, data: Calibration) -> Starts:
+    """Pass the starts on, and add up how much of the steps they hold."""
+    kept = total = 0.0
+    for path, start in starts:
+        kept += start.captured * start.energy
+        total += start.energy
+        data.told["captured"] = kept / total if total else 1.0
+        yield path, start
+
+
+def _shared(start: starting.Start) -> starting.Start:
+    """The same bits in every process: the gradients are, but a decomposition may differ between machines."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        for value in (start.U, start.S, start.Vh):
+            distributed.broadcast(value, 0)
+    return start

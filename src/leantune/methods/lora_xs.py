@@ -1,0 +1,324 @@
+r"""LoRA-XS and LoRA-SB: ``W + s B R A`` with two frozen factors; only the r x r core ``R`` between them trains.
+
+For ``y = W x + b``, ``W (out, in)``, ``B (out, r)``, ``R (r, r)``, ``A (r, in)``, ``s = alpha / r``::
+
+    LoRA-XS ("weight_svd")   W = U S V^T:      B = U_r S_r, A = V_r^T, R = 0
+    LoRA-SB ("update_svd")   dW = U S V^T:     B = U_r, A = V_r^T, R = S_r, s = 1
+
+``dW`` is the first step that the run's optimizer would take on all of ``W`` (``-eta sign(sum grad)`` for AdamW), by the
+gradient over about a thousandth of the training rows. So LoRA-SB starts from the best rank-r approximation of that
+step, and its orthonormal factors make the plain gradient of ``R`` the best one (Theorem 2); with LoRA-XS's factors,
+which are not, ``precondition`` gives that gradient. Only two r-wide products are kept for the backward.
+
+Sources: LoRA-XS, arXiv 2405.17604; LoRA-SB, arXiv 2411.19557: start eqs. 1, 2, 6, 7, preconditioned gradient eq. 4,
+ablations appendix D.
+
+Where we deviate, and why. ``R`` starts at exactly 0 and not at N(0, 1e-5), so that a fresh LoRA-XS is the base bit for
+bit. The factors are float32 (float64 over float64) whatever the base's dtype, where the authors' code rounds them to
+the base's 16 bits and loses their orthonormality; ``R`` trains in float32. The authors' code takes ``eta`` from a
+schedule whose steps are counted in batches of the estimation, keeps dropout on while estimating and seeds the
+global random state anew in every SVD; here ``eta`` is the run's own, dropout is off, the random state is left alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from leantune.core.errors import ConfigError, describe, did_you_mean, raise_all
+from leantune.methods import _low_rank_start as starting
+from leantune.methods import _rank_budget as budgeting
+from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, linear_features
+from leantune.methods._calibration import Calibration
+from leantune.methods._core_factor import CoreFactors
+from leantune.methods._family import places
+from leantune.methods._first_update import estimate
+from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
+from leantune.methods._registry import Method, register
+
+_STARTS = (True, False, "weight_svd", "update_svd", "kaiming_svd")
+
+
+@dataclass
+class LoraXSConfig(AdapterConfig):
+    """Options of LoRA-XS and LoRA-SB.
+
+    Raises:
+        ConfigError: a value out of range or an unknown choice; all problems at once.
+    """
+
+    r: int | Literal["auto"] = field(
+        default=32,
+        metadata={
+            "help": "Rank: r x r parameters train in each module; where a module is smaller, its smaller side. 'auto': "
+            "ranks by module, from the spectrum of what the start approximates, under the budget of rank_budget."
+        },
+    )
+    rank_budget: int = field(
+        default=32,
+        metadata={"help": "With r='auto': as many parameters train as at this rank everywhere; at most twice it."},
+    )
+    alpha: float | None = field(
+        default=None, metadata={"help": "Scaling: the product is multiplied by alpha / r. Default: r, which is 1."}
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the adapter, while training."})
+    init_weights: bool | Literal["weight_svd", "update_svd", "kaiming_svd"] = field(  # type: ignore[assignment]
+        default=True,
+        metadata={
+            "help": "Where the factors come from. 'weight_svd' (or True): the SVD of the weight, from the base's "
+            "function (LoRA-XS). 'update_svd': of the optimizer's first step, by leantune.initialize (LoRA-SB). "
+            "'kaiming_svd': of a fresh random weight (the paper's ablation D.1). False: noise (for tests)."
+        },
+    )
+    split: Literal["core", "left", "right"] | None = field(
+        default=None,
+        metadata={
+            "help": "Which factor takes the singular values: 'core' (B = U, R = S, A = V^T), 'left' (U S, I, V^T: the "
+            "paper's ablation D.2), 'right' (U, I, S V^T). Default: left for weight_svd, else core."
+        },
+    )
+    precondition: bool = field(
+        default=False,
+        metadata={
+            "help": "Train R by (B^T B)^-1 g (A A^T)^-1 / s^2, the best approximation of the full gradient where the "
+            "factors are not orthonormal (Theorem 2). It is the plain gradient where they are."
+        },
+    )
+    noise: float = field(
+        default=0.0,
+        metadata={
+            "help": "Standard deviation of Gaussian noise added to the first step before its SVD (the paper's ablation "
+            "D.1)."
+        },
+    )
+    sketch: int | None = field(
+        default=None,
+        metadata={
+            "help": "update_svd: keep sketches of this width of the gradients instead of the gradients, one pass over "
+            "the rows (approximate; the start then tells how far its subspaces agree with the exact ones)."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of random factors, noise and randomized decompositions."})
+    ranks: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Set by Leantune: the rank of each module, with r='auto'.", "is_result": True},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("loraxs")
+        problems = []
+        if self.r != "auto" and (not isinstance(self.r, int) or self.r < 1):
+            problems.append(describe("LoraXSConfig.r", repr(self.r), "a positive rank or 'auto'", "try 32"))
+        if self.rank_budget < 1:
+            problems.append(describe("LoraXSConfig.rank_budget", repr(self.rank_budget), "a positive rank", "try 32"))
+        if self.alpha is not None and not self.alpha > 0:
+            problems.append(describe("LoraXSConfig.alpha", repr(self.alpha), "a positive number", "leave it out"))
+        if not 0 <= self.dropout < 1:
+            problems.append(describe("LoraXSConfig.dropout", repr(self.dropout), "a share in [0, 1)", "try 0.05"))
+        if self.init_weights not in _STARTS:
+            known = [name for name in _STARTS if isinstance(name, str)]
+            near = did_you_mean(str(self.init_weights), known)
+            problems.append(
+                describe("LoraXSConfig.init_weights", repr(self.init_weights), "True, False, " + ", ".join(known), near)
+            )
+        if self.split is not None and self.split not in starting.SPLITS:
+            near = did_you_mean(str(self.split), starting.SPLITS)
+            problems.append(
+                describe("LoraXSConfig.split", repr(self.split), "one of " + ", ".join(starting.SPLITS), near)
+            )
+        if self.noise < 0:
+            problems.append(describe("LoraXSConfig.noise", repr(self.noise), "no negative number", "try 1e-4"))
+        if self.noise and self.start != "update_svd":
+            got = f"{self.noise:g} with init_weights={self.init_weights!r}"
+            problems.append(describe("LoraXSConfig.noise", got, "init_weights='update_svd'", "leave one out"))
+        if self.sketch is not None and (self.sketch < 1 or (self.r != "auto" and self.sketch < self.r)):
+            wanted = "a width of at least r"
+            problems.append(describe("LoraXSConfig.sketch", repr(self.sketch), wanted, "try four times r"))
+        raise_all(problems, ConfigError)
+
+    @property
+    def start(self) -> str | None:
+        """Where the factors come from, by name; None for noise."""
+        return "weight_svd" if self.init_weights is True else self.init_weights or None
+
+    @property
+    def chosen_split(self) -> starting.Split:
+        """Which factor takes the singular values."""
+        return self.split or ("left" if self.start == "weight_svd" else "core")
+
+    def scaling(self, rank: int) -> float:
+        """``s`` of a layer of that rank."""
+        return 1.0 if self.alpha is None else self.alpha / rank
+
+
+class LoraXSLinear(AdapterLayer):
+    """A linear layer with ``s B R A`` beside it, one an adapter."""
+
+    adapter_layer_names = ("loraxs_core",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, **kwargs)
+        self.loraxs_core = nn.ModuleDict()
+
+    def own(self, adapter: str) -> CoreFactors:
+        """The adapter's factors and core."""
+        return cast(CoreFactors, self.loraxs_core[adapter])
+
+    def update_layer(self, adapter_name: str, config: LoraXSConfig, template: str | None, **kwargs: Any) -> None:
+        """Create an adapter of rank ``kwargs["rank"]``, and its start where no data is needed for it."""
+        shape = (self.out_features, self.in_features)
+        own = CoreFactors(shape, kwargs["rank"], config.alpha, config.dropout, precondition=config.precondition)
+        self.loraxs_core[adapter_name] = own
+        self.place(adapter_name, inference_mode=config.inference_mode)
+        if template is not None and template in self.loraxs_core:
+            own.copy_start(self.own(template))
+        # What is made to be read from a file (PEFT says so by these two) needs no decomposition.
+        elif config.start != "update_svd" and not config.inference_mode and not own.weight.is_meta:
+            self.start_without_data(adapter_name, config, kwargs["path"])
+
+    def start_without_data(self, adapter: str, config: LoraXSConfig, path: str) -> None:
+        """Start from the weight itself, from a fresh random one, or from noise."""
+        own = self.own(adapter)
+        if config.start == "weight_svd":
+            start = starting.decompose(self.dense_weight().to(own.B.dtype), own.rank, config.seed, path)
+        else:
+            drawn = starting.kaiming(self.out_features, self.in_features, own.B, config.seed, path)
+            start = starting.decompose(drawn, own.rank, config.seed, path)
+        self.start(adapter, config, start, keep_function=config.start == "weight_svd")
+        if config.start is None:
+            with torch.no_grad():
+                own.weight.copy_(starting.noise(own.rank, config.seed, path))
+
+    def start(self, adapter: str, config: LoraXSConfig, start: starting.Start, *, keep_function: bool) -> None:
+        """Take the factors of a decomposed matrix, as the config splits them."""
+        scaling = config.scaling(len(start.S))
+        self.own(adapter).start(*start.factors(config.chosen_split, scaling, keep_function=keep_function))
+
+    def waits_for_data(self, adapter: str) -> bool:
+        """Whether the factors are still to be computed, or read from a file."""
+        return adapter in self.loraxs_core and self.own(adapter).waits
+
+    def add_share(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
+        """``result + s x A^T R^T B^T``, added in the factors' dtype and rounded once."""
+        return (result + self.own(adapter)(x)).to(result.dtype)
+
+    def delta_region(self, adapter: str) -> tuple[Tensor, int | None, Tensor | None]:
+        """``s B R A``, all of ``W``."""
+        return self.own(adapter).delta(), None, None
+
+    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """``(s B R, A)``, of rank ``r``."""
+        own = self.own(adapter)
+        return own.left(), own.A
+
+
+class LoraXSModel(AdapterModel):
+    """Decides the ranks of all targeted modules, and computes the starts that come from data."""
+
+    prefix = prefix_of("loraxs")
+    tuner_layer_cls = LoraXSLinear
+
+    def default_targets(self) -> tuple[str, ...]:
+        """All linear layers of every attention and feed-forward block, as in the paper."""
+        return tuple(sorted({path.rpartition(".")[2] for path in places(path for path, _ in self._linears())}))
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        # The first module of this injection decides for all.
+        self._ranks: dict[str, int] | None = None
+
+    def layer_options(self, config: LoraXSConfig, path: str) -> dict[str, Any]:
+        """The rank of the module at ``path``."""
+        if self._ranks is None:
+            self._ranks = self._decide(config)
+        return {"rank": self._ranks[path], "path": path}
+
+    def _targets(self, config: LoraXSConfig) -> dict[str, nn.Module]:
+        found = dict(self._linears())
+        return {path: found[path] for path in found if self._check_target_module_exists(config, path)}
+
+    def _decide(self, config: LoraXSConfig) -> dict[str, int]:
+        layers = self._targets(config)
+        shapes = {path: linear_features(layer)[::-1] for path, layer in layers.items()}
+        if config.r != "auto":
+            ranks = budgeting.uniform_ranks(shapes, config.r)
+            clamped = [path for path in shapes if ranks[path] < config.r]
+            if clamped:
+                out, width = shapes[clamped[0]]
+                warnings.warn(
+                    f"r={config.r} is more than {len(clamped)} of {len(ranks)} modules have, which get their smaller "
+                    f"side instead (e.g. {clamped[0]}, {out} x {width}: {ranks[clamped[0]]})"
+                )
+            return ranks
+        if config.ranks is not None and set(config.ranks) >= set(shapes):
+            return {path: config.ranks[path] for path in shapes}
+        ranks = budgeting.uniform_ranks(shapes, config.rank_budget)
+        if config.start == "weight_svd" and not config.inference_mode:
+            widest = budgeting.uniform_ranks(shapes, budgeting.WIDEST * config.rank_budget)
+            spectra = {path: self._spectrum(layers[path], widest[path], config.seed, path) for path in shapes}
+            ranks = budgeting.allot(spectra, budgeting.budget_of(shapes, config.rank_budget))
+            config.ranks = ranks
+        return ranks
+
+    def _spectrum(self, base: nn.Module, count: int, seed: int, path: str) -> Tensor:
+        layer = LoraXSLinear(base, "probe")
+        return starting.spectrum(layer.dense_weight().to(layer.trained_dtype()), count, seed, path)
+
+    def start_from_data(self, adapters: list[str], data: Calibration) -> None:
+        """Start waiting adapters from the optimizer's first step; others, made to be read from a file, anew."""
+        config = cast(LoraXSConfig, self.peft_config[adapters[0]])
+        bases = self._targets(config)
+        layers = {path: cast(LoraXSLinear, self.model.get_submodule(path)) for path in bases}
+        if config.start != "update_svd":
+            for path, layer in layers.items():
+                for adapter in adapters:
+                    layer.start_without_data(adapter, config, path)
+            return
+        ranks, starts = estimate(config, bases, data)
+        for path, start in starts:
+            for adapter in adapters:
+                layers[path].start(adapter, config, start, keep_function=False)
+        config.ranks = ranks
+
+
+def _trainable_parameters(config: LoraXSConfig, out_features: int, in_features: int) -> int:
+    rank = config.rank_budget if config.r == "auto" else config.r
+    return int(min(rank, out_features, in_features) ** 2)
+
+
+def _apply(model: nn.Module, config: LoraXSConfig) -> nn.Module:
+    return get_peft_model(model, config)
+
+
+register_with_peft("loraxs", LoraXSConfig, LoraXSModel)
+METHOD = register(
+    Method(
+        name="lora-xs",
+        title="LoRA with a trained core between frozen factors of the weight",
+        config=LoraXSConfig,
+        formula="W + s B R A, B and A frozen at the SVD of W",
+        paper="LoRA-XS, arXiv 2405.17604",
+        trainable_parameters=_trainable_parameters,
+        apply=_apply,
+        default_learning_rate=4e-3,
+        needs_batches=lambda config: config.start == "update_svd",
+        toy_options={"r": 3},
+    )
+)
+register(
+    METHOD.preset(
+        "lora-sb",
+        {"init_weights": "update_svd"},
+        title="LoRA-XS from the first step of full fine-tuning",
+        formula="W + B R A, B and A frozen at the SVD of the first step on W",
+        paper="LoRA-SB, arXiv 2411.19557",
+        identity_at_init=False,
+        default_learning_rate=1e-3,
+    )
+)
