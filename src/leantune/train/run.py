@@ -17,7 +17,7 @@ from leantune.models import BaseModel
 from leantune.train import distributed
 from leantune.train import folder as run_folder
 from leantune.train import summary as summaries
-from leantune.train.calibration import calibrate
+from leantune.train.calibration import calibrate, time_share
 from leantune.train.card import card
 from leantune.train.config import RunConfig
 from leantune.train.failure import told
@@ -188,6 +188,7 @@ def _run(config: RunConfig, point: Resumption | None, lock: Lock, progress: bool
         report.say(f"evaluating on {len(examples.evaluation):,} rows")
         trainer.evaluate()
     summary = {**summary, **outcome, **summaries.after(trainer), "time_s": trainer.meter.total_seconds}
+    summary |= time_share(summary)
 
     state = distributed.gathered(model, everything=not config.chosen_method.is_adapter)
     if is_main:
