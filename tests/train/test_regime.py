@@ -79,6 +79,7 @@ def gradient(model: nn.Module, autocast: bool = False) -> Tensor:
     "options",
     [
         {"precision": "bf16"},
+        {"precision": "bf16", "device": "auto"},
         {"dtype": "bfloat16"},
         {"dtype": "bfloat16", "precision": "bf16", "gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_accumulation": 2, "batch_size": 4},

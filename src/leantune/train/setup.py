@@ -27,7 +27,6 @@ from leantune.data import (
 )
 from leantune.methods import Method, TrainingPlan
 from leantune.models import BaseModel, load_base
-from leantune.train import distributed
 from leantune.train.batching import stream
 from leantune.train.config import RunConfig
 from leantune.train.folder import CHECKPOINTS, check_vacant, kept_template
@@ -281,8 +280,8 @@ def _arguments(config: RunConfig, checkpoints: Path) -> RunArguments:
         run_name=config.run_name or config.out.absolute().name,
         run_settings=config.model_dump(mode="json"),
         disable_tqdm=True,
-        # Without an accelerator, processes find each other only when told that they run on CPUs.
-        use_cpu=config.device == "cpu" or (distributed.processes() > 1 and not torch.accelerator.is_available()),
+        # Without an accelerator, processes find each other, and bf16 is taken, only when told that they run on CPUs.
+        use_cpu=config.device == "cpu" or not torch.accelerator.is_available(),
         # Every trained part gets a gradient in every backward, and the buffers are constants.
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
