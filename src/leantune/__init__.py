@@ -22,6 +22,7 @@ _PUBLIC = {
     "S2FTConfig": "leantune.methods.s2ft",
     "LoraXSConfig": "leantune.methods.lora_xs",
     "MultiLoraConfig": "leantune.methods.multi_lora",
+    "XGBLoraConfig": "leantune.methods.xgblora",
     "FullConfig": "leantune.methods.full",
     "Method": "leantune.methods",
     "TrainingPlan": "leantune.methods",

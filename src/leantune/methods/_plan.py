@@ -30,6 +30,9 @@ class TrainingPlan:
         batch_columns: names of extra columns that the collator must carry into the batch.
         loss_reduction: ``(loss_sum, tokens, columns) -> scalar``, with ``loss_sum`` and ``tokens`` of shape
             ``(rows,)`` (nats, counts) and ``columns`` the extra batch columns; replaces the mean per token.
+        needs_evaluation: why the method cannot do without rows to evaluate on; empty where it can.
+        is_settled: ``() -> bool``, asked after training: whether the model still computes what it did after the last
+            step. It does not where the end of training chooses among what was trained.
     """
 
     callbacks: list[Any] = field(default_factory=list)
@@ -43,3 +46,5 @@ class TrainingPlan:
     after_optimizer_step: Callable[[int], None] | None = None
     batch_columns: tuple[str, ...] = ()
     loss_reduction: Callable[[Tensor, Tensor, dict[str, Any]], Tensor] | None = None
+    needs_evaluation: str = ""
+    is_settled: Callable[[], bool] | None = None

@@ -213,7 +213,8 @@ class XGBLoraModel(AdapterModel):
 def _plan(model: nn.Module) -> TrainingPlan:
     adapter = cast(Any, model).active_adapters[0]
     boosting = Boosting(model, adapter)
-    return TrainingPlan(callbacks=[boosting])
+    stops = "early_stopping_rounds needs a validation loss" if boosting.config.early_stopping_rounds else ""
+    return TrainingPlan(callbacks=[boosting], needs_evaluation=stops, is_settled=lambda: boosting.settled)
 
 
 def _apply(model: nn.Module, config: XGBLoraConfig) -> nn.Module:

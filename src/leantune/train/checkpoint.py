@@ -112,11 +112,18 @@ def sealed(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else {}
 
 
-def trained_hash(model: torch.nn.Module) -> str:
-    """SHA-256 over name, type, shape and bytes of every trained parameter."""
+def trained_hash(model: torch.nn.Module, optimizer: Any = None) -> str:
+    """SHA-256 over name, type, shape and bytes of every trained parameter.
+
+    Args:
+        model: its parameters that have requires_grad.
+        optimizer: beside them those it holds: a method may train some of them now and others later.
+    """
+    groups = optimizer.param_groups if optimizer is not None else []
+    held = {id(parameter) for group in groups for parameter in group["params"]}
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):
-        if parameter.requires_grad:
+        if parameter.requires_grad or id(parameter) in held:
             flat = parameter.detach().to("cpu").contiguous().reshape(-1)
             digest.update(json.dumps([name, str(parameter.dtype), list(parameter.shape)]).encode())
             digest.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]

@@ -103,12 +103,13 @@ class Report(TrainerCallback):
         self._losses.append(float(logs["loss"]))
         if self._bar is not None:
             recent = self._losses[-self.log_steps :]
-            text = self._text(state, args.device, sum(recent) / len(recent))
+            text = self._text(state, args.device, sum(recent) / len(recent)) + _round(logs)
             self._bar.update(self._bar.task_ids[0], completed=state.global_step, description=text, refresh=True)
         elif state.global_step in (self._first_step + 1, state.max_steps) or state.global_step % self.log_steps == 0:
             width = len(str(state.max_steps))
             loss = sum(self._losses) / len(self._losses)
-            self.say(f"step {state.global_step:>{width}}/{state.max_steps}  {self._text(state, args.device, loss)}")
+            text = self._text(state, args.device, loss) + _round(logs)
+            self.say(f"step {state.global_step:>{width}}/{state.max_steps}  {text}")
             # The first step has a line of its own, and is not counted again in the next one.
             self._losses = []
 
@@ -139,6 +140,14 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _round(logs: dict[str, Any]) -> str:
+    """The round of a method that trains in rounds, and the blocks that it trains."""
+    if "round" not in logs:
+        return ""
+    names = [str(block).rpartition(".")[2] for block in logs["blocks"]]
+    return f"  round {logs['round']}: blocks {', '.join(names)}"
 
 
 def _is_score(name: str) -> bool:

@@ -65,7 +65,7 @@ def check_plan(config: RunConfig, plan: TrainingPlan) -> None:
 
     Raises:
         MethodError: the method orders the rows, but they are packed, grouped or streamed; or it brings its own
-            optimizer, but another one is named.
+            optimizer, but another one is named; or it needs rows to evaluate on, and there are none.
     """
     problems = []
     for name in ("packing", "streaming", "group_by_length"):
@@ -75,6 +75,9 @@ def check_plan(config: RunConfig, plan: TrainingPlan) -> None:
     if plan.optimizer is not None and config.optimizer != DEFAULT_OPTIMIZER:
         got = f"{config.optimizer}, but the method brings its own optimizer"
         problems.append(describe(f"optimizer with {config.method}", got, "the default", "drop optimizer"))
+    if plan.needs_evaluation and config.eval_data is None and config.eval_share is None:
+        do = "set eval_data or eval_share"
+        problems.append(describe(f"method {config.method}", plan.needs_evaluation, "rows to evaluate on", do))
     raise_all(problems, MethodError)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,16 @@ def after(trainer: LeanTrainer) -> dict[str, Any]:
         "peak_memory_of": "GPU allocator" if device.type == "cuda" else "resident set of the process",
         **loss_facts(state.log_history),
         "evaluation": _last_evaluation(state.log_history),
+        "results": _results(trainer.model),
     }
+
+
+def _results(model: Any) -> dict[str, Any]:
+    """What the method wrote into its config while it trained: the fields marked so, as far as they are set."""
+    for config in getattr(model, "peft_config", {}).values():
+        fields = [field.name for field in dataclasses.fields(config) if field.metadata.get("is_result")]
+        return {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+    return {}
 
 
 def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -284,7 +284,8 @@ class LeanTrainer(Trainer):
     def evaluated_last_step(self) -> bool:
         """Whether the newest evaluation is of the model as it is now."""
         steps = [line["step"] for line in self.state.log_history if "eval_loss" in line]
-        return bool(steps) and steps[-1] == self.state.global_step
+        settled = self.plan.is_settled is None or self.plan.is_settled()
+        return settled and bool(steps) and steps[-1] == self.state.global_step
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> Any:
         """``Trainer.evaluate``; it draws no random number, so that evaluating more often changes nothing."""
@@ -332,7 +333,7 @@ class LeanTrainer(Trainer):
         meter = {**self.meter.state(), "device": self.args.device.type, "processes": self.args.world_size}
         facts = {"step": self.state.global_step, "meter": meter}
         if not self._is_sharded:
-            facts["trained"] = checkpoint.trained_hash(cast(nn.Module, self.model))
+            facts["trained"] = checkpoint.trained_hash(cast(nn.Module, self.model), self.optimizer)
         return facts | ({"run": self.record} if self.record else {})
 
     @property
@@ -385,6 +386,8 @@ class LeanTrainer(Trainer):
         self.meter.start()
         self._load_from_checkpoint(str(path))
         self.state = state
+        for each in self.plan.callbacks:
+            each.on_train_end(self.args, self.state, self.control, model=self.model)
         self.meter.stop()
         return True
 
