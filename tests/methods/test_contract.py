@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gradient": {"selection": "gradient", "target_modules": "all-linear"},
     },
     "lora": {"all-linear": {"target_modules": "all-linear", "use_rslora": True}},
+    "multi-lora": {
+        "orthonormal": {"shared_init": "orthonormal", "target_modules": "all-linear", "use_rslora": True},
+        "activation": {"shared_init": "activation_pca", "r": 3},
+    },
 }
 
 
@@ -48,7 +53,7 @@ def _subjects() -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("check", [each for each in CHECKS if each is not load_in_a_fresh_process])
+@pytest.mark.parametrize("check", [each for each in CHECKS if inspect.unwrap(each) is not load_in_a_fresh_process])
 @pytest.mark.parametrize("tested", _subjects())
 def test_contract(tested: Subject, check: Check) -> None:
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from leantune.methods import Method
 from leantune.methods._base import AdapterLayer
-from leantune.methods._initialization import initialize
+from leantune.methods._initialization import StartingLayer, initialize
 from leantune.testing import model as tiny
 
 STEP_SIZE = 0.05
@@ -81,7 +82,9 @@ class Subject:
         """A further adapter of this method on a language model, as fresh as one can be trained."""
         config = self.config(task_type="CAUSAL_LM", **more)
         model.add_adapter(adapter, config)
-        if self.method.needs_batches(config):
+        # A method may let it share the start of the adapters that are there.
+        starting = (each for each in model.modules() if isinstance(each, StartingLayer))
+        if any(each.waits_for_data(adapter) for each in starting):
             initialize(model, calibration_batches(model), step_size=STEP_SIZE, loss=calibration_loss)
 
     def wrap_perceptron(self, dtype: torch.dtype = torch.float64, *, started: bool = True, **more: Any) -> Wrapped:
@@ -187,5 +190,14 @@ def dense_twin(base: nn.Module, model: Wrapped, adapters: list[str]) -> nn.Modul
         for path, layer in layers_of(model).items():
             weight = base.get_parameter(f"{path}.weight")
             for adapter in adapters:
-                weight.add_(layer.get_delta_weight(adapter).to(weight.dtype))
+                weight.add_(_delta(layer, adapter).to(weight.dtype))
     return base
+
+
+def _delta(layer: Any, adapter: str) -> Tensor:
+    """The adapter's change of the stored weight; of a variant that is more than ``B A``, what its merge does."""
+    if adapter not in getattr(layer, "lora_variant", {}):
+        return layer.get_delta_weight(adapter)
+    merged = copy.deepcopy(layer)
+    merged.merge(adapter_names=[adapter])
+    return merged.get_base_layer().weight - layer.get_base_layer().weight
