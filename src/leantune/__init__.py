@@ -23,6 +23,7 @@ _PUBLIC = {
     "LoraXSConfig": "leantune.methods.lora_xs",
     "MultiLoraConfig": "leantune.methods.multi_lora",
     "XGBLoraConfig": "leantune.methods.xgblora",
+    "SpFTConfig": "leantune.methods.spft",
     "FullConfig": "leantune.methods.full",
     "Method": "leantune.methods",
     "TrainingPlan": "leantune.methods",

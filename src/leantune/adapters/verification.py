@@ -20,6 +20,7 @@ from leantune import methods
 from leantune.adapters import layer as layers
 from leantune.adapters import record
 from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean
+from leantune.methods._factor_file import FactorConfig
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -49,7 +50,10 @@ def read_config(folder: Path) -> PeftConfig:
     if not isinstance(peft_type, str):
         raise AdapterError(describe(str(path), "no peft_type", "the name of a method", "copy the folder again"))
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
+        if isinstance(config, FactorConfig):
+            config.read_from = folder
+        return config
     except KeyError as error:
         known = [member.value for member in PeftType]
         raise AdapterError(
@@ -64,13 +68,13 @@ def read_config(folder: Path) -> PeftConfig:
         raise AdapterError(describe(str(path), str(error), f"a config of {peft_type}", "mend that field")) from error
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of an adapter folder, by its key.
+def read_tensors(folder: Path, name: str = WEIGHTS_NAME) -> dict[str, Tensor]:
+    """Every tensor of a file in an adapter folder, by its key.
 
     Raises:
         AdapterError: no safetensors file, only a pickle, or a torn file.
     """
-    path = folder / WEIGHTS_NAME
+    path = folder / name
     if not path.is_file():
         if (folder / PICKLE_NAME).exists():
             raise AdapterError(
@@ -166,14 +170,19 @@ def _takes(model: nn.Module, model_key: str, names: dict[str, Any], found: dict[
 def wrong_indices(model: PeftModel, adapter_name: str, path: Path) -> list[str]:
     """Stored indices must name entries that exist, each once: a wrong one would change another weight, silently."""
     problems = []
+    try:
+        mergeable = methods.of_config(model.peft_config[adapter_name]).mergeable
+    except LeantuneError:
+        mergeable = True
     for name, module in layers.adapted_modules(model, adapter_name):
-        if not hasattr(module, "delta_region"):
+        if not hasattr(module, "delta_region") or not mergeable:
             continue
         _, dim, index = module.delta_region(adapter_name)
-        if dim is None or index is None or not index.numel():
+        if index is None or not index.numel():
             continue
+        out, width = layers.shape_of(module)
         # Input entries of a convolution are channels, each with a kernel's worth of columns.
-        size = layers.shape_of(module)[dim] // (math.prod(layers.kernel_of(module)) if dim == 1 else 1)
+        size = {None: out * width, 0: out, 1: width // math.prod(layers.kernel_of(module))}[dim]
         low, high = int(index.min()), int(index.max())
         where = f"{path / WEIGHTS_NAME}: indices of {name}"
         if low < 0 or high >= size:

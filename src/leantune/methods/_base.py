@@ -70,7 +70,10 @@ class AdapterLayer(StartingLayer, nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def delta_region(self, adapter: str) -> tuple[Tensor, int | None, Tensor | None]:
-        """``(delta, dim, index)``: what the adapter adds to ``weight.index_select(dim, index)``, or to all of it."""
+        """``(delta, dim, index)``: what the adapter adds to ``weight.index_select(dim, index)``.
+
+        Without ``index`` to all of it; with ``index`` and no ``dim``, to the entries of those flat positions.
+        """
 
     @abstractmethod
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
@@ -103,15 +106,13 @@ class AdapterLayer(StartingLayer, nn.Module, BaseTunerLayer):
 
     def dense_weight(self) -> Tensor:
         """The base weight ``(out, in)``, dequantised where needed; a view of it where it is dense."""
-        weight = self.get_base_weight()
-        return weight.t() if self.transposed else weight
+        return self._oriented_weight()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's change of the weight, dense, ``(out, in)`` (stored orientation for ``Conv1D``)."""
         delta, dim, index = self.delta_region(adapter)
-        if dim is not None and index is not None:
-            dense = delta.new_zeros(self.out_features, self.in_features)
-            delta = dense.index_copy(dim, index, delta)
+        if index is not None:
+            delta = write_region(delta.new_zeros(self.out_features, self.in_features), dim, index, delta)
         return delta.t() if self.transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -211,26 +212,27 @@ class AdapterLayer(StartingLayer, nn.Module, BaseTunerLayer):
 
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         delta, dim, index = self.delta_region(name)
-        weight = self.get_base_weight()
-        if self.transposed:
-            delta, dim = delta.t(), None if dim is None else 1 - dim
-        original = weight.clone() if dim is None or index is None else weight.index_select(dim, index)
+        weight = self._oriented_weight()
+        original = read_region(weight, dim, index)
         updated = (original.to(delta.dtype) + delta).to(weight.dtype)
         if safe_merge and not torch.isfinite(updated).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
         if self.quantization_backend is not None:
             # Requantising cannot be undone by arithmetic: the quantised parameter itself is what is kept.
             self._overwritten.append((packed_weight.keep(self.get_base_layer()), None, None))
-            self.set_base_weight(updated if dim is None or index is None else weight.index_copy(dim, index, updated))
+            whole = write_region(weight.clone(), dim, index, updated)
+            self.set_base_weight(whole.t() if self.transposed else whole)
             return
         # A buffer, so that it follows the model to another device; not persistent: no file needs it.
         slot = f"_original_{len(self._overwritten)}"
         self.register_buffer(slot, original, persistent=False)
         self._overwritten.append((slot, dim, index))
-        if dim is None or index is None:
-            weight.copy_(updated)
-        else:
-            weight.index_copy_(dim, index, updated)
+        write_region(weight, dim, index, updated)
+
+    def _oriented_weight(self) -> Tensor:
+        """The base weight with outputs first, dequantised where needed; a view of it where it is dense."""
+        weight = self.get_base_weight()
+        return weight.t() if self.transposed else weight
 
     def unmerge(self) -> None:
         """Put back, bit for bit, what merging overwrote: all adapters, newest first.
@@ -246,12 +248,7 @@ class AdapterLayer(StartingLayer, nn.Module, BaseTunerLayer):
                 if self.quantization_backend is not None:
                     packed_weight.put_back(self.get_base_layer(), kept)
                     continue
-                original = cast(Tensor, getattr(self, kept))
-                weight = self.get_base_weight()
-                if dim is None or index is None:
-                    weight.copy_(original)
-                else:
-                    weight.index_copy_(dim, index.to(weight.device), original)
+                write_region(self._oriented_weight(), dim, index, cast(Tensor, getattr(self, kept)))
                 delattr(self, kept)
         self.merged_adapters.clear()
 
@@ -452,6 +449,23 @@ class AdapterModel(StartingModel):
 
     def _layers(self) -> list[AdapterLayer]:
         return [module for module in self.modules() if isinstance(module, AdapterLayer)]
+
+
+def read_region(weight: Tensor, dim: int | None, index: Tensor | None) -> Tensor:
+    """A copy of the part of a weight that :meth:`AdapterLayer.delta_region` names."""
+    if index is None:
+        return weight.clone()
+    index = index.to(weight.device)
+    # Flat positions are those of (out, in), whatever the strides.
+    return weight.take(index.long()) if dim is None else weight.index_select(dim, index)
+
+
+def write_region(weight: Tensor, dim: int | None, index: Tensor | None, values: Tensor) -> Tensor:
+    """Write that part in place; the weight itself."""
+    if index is None:
+        return weight.copy_(values)
+    index = index.to(weight.device)
+    return weight.put_(index.long(), values) if dim is None else weight.index_copy_(dim, index, values)
 
 
 def linear_features(module: nn.Module) -> tuple[int, int]:

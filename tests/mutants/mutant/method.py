@@ -105,11 +105,10 @@ LAYER_FAULTS = (
     Fault(
         "unmerge by subtraction",
         BASE,
-        "weight.index_copy_(dim, index.to(weight.device), original)",
-        "delta = self.delta_region(self.merged_adapters[-1])[0]\n"
-        "                    delta = delta.t() if self.transposed else delta\n"
-        "                    left = weight.index_select(dim, index).to(delta.dtype) - delta\n"
-        "                    weight.index_copy_(dim, index.to(weight.device), left.to(weight.dtype))",
+        "write_region(self._oriented_weight(), dim, index, cast(Tensor, getattr(self, kept)))",
+        "weight, delta = self._oriented_weight(), self.delta_region(self.merged_adapters[-1])[0]\n"
+        "                left = read_region(weight, dim, index).to(delta.dtype) - delta\n"
+        "                write_region(weight, dim, index, left.to(weight.dtype))",
         "the base drifts by a rounding with every merge and unmerge; in bfloat16 39% of the entries change at once",
         (CONTRACT,),
         "s2ft-toy-llama and (unmerge_restores or unmerge_does_not_drift)",
