@@ -211,3 +211,38 @@ def test_a_classifier_is_merged_with_its_head(tmp_path: Path, in_this_process: l
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
     ids = torch.tensor([PROMPTS[0]])
     torch.testing.assert_close(plain(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-5, atol=2e-5)
+
+
+def test_a_smaller_rank_is_measured_and_written(
+    run: Path, in_this_process: list[parity.Exported], tmp_path: Path
+) -> None:
+    """Parity cannot hold where a part of the change is left out: it is said, and the folder is there."""
+    result = export_run(run, tmp_path / "lora", prompts=["w1 w2 w3"], new_tokens=2, rank=1)
+    left_out = result["conversion"]["recompression"]
+    assert 0 < left_out["total"]["relative"] < 1
+    assert left_out["needed_rank"] > result["conversion"]["rank"] == 1
+    assert not result["parity"]["ok"]
+    assert 0 < result["parity"]["remaining_share"] < 1
+    assert exports(run)[-1]["conversion"]["recompression"] == left_out
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_a_rank_that_suffices_is_held_to_parity(
+    run: Path, in_this_process: list[parity.Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = export_run(run, tmp_path / "lora", prompts=["w1 w2 w3"], new_tokens=2, rank=16, exact=True)
+    assert result["conversion"]["recompression"]["is_exact"]
+    assert result["parity"]["ok"]
+    monkeypatch.setattr(parity, "LARGEST_SHARE", -1.0)
+    with pytest.raises(ParityError):
+        export_run(run, tmp_path / "again", prompts=["w1 w2 w3"], new_tokens=2, rank=16)
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_export_asked_to_be_exact_is_refused_at_a_smaller_rank(
+    run: Path, in_this_process: list[parity.Exported], tmp_path: Path
+) -> None:
+    with pytest.raises(AdapterError, match=r"rank 1 leaves out .* give --rank"):
+        export_run(run, tmp_path / "lora", prompts=["w1"], new_tokens=2, rank=1, exact=True)
+    assert not (tmp_path / "lora").exists()
+    assert not in_this_process

@@ -234,3 +234,14 @@ def test_inspect_needs_a_kind(leantune: Command) -> None:
     code, out, err = leantune("inspect", "dat")
     assert code == 2
     assert "data" in out + err
+
+
+def test_export_at_a_smaller_rank_says_what_is_left_out(trained: Path, tmp_path: Path, leantune: Command) -> None:
+    code, out, _ = leantune("export", trained, "--out", tmp_path / "small", "--rank", 1)
+    assert code == 0
+    assert "left out" in out
+    assert "worst layer" in out
+    code, _, err = leantune("export", trained, "--out", tmp_path / "exact", "--rank", 1, "--exact")
+    assert code == 1
+    assert "leaves out" in err
+    assert not (tmp_path / "exact").exists()

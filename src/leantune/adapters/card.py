@@ -138,6 +138,9 @@ def _facts_table(facts: dict[str, Any]) -> dict[str, Any]:
     for name in ("rank", "padded_rank", "max_abs_error", "native_bytes", "lora_bytes", "advice"):
         if facts.get(name) is not None:
             rows[name.replace("_", " ")] = facts[name]
+    if left_out := facts.get("recompression"):
+        total, worst = left_out["total"]["relative"], left_out["layers"][left_out["worst"]]["relative"]
+        rows["left out by the smaller rank"] = f"{total:.3%} of the change; at most {worst:.3%} of a layer's"
     for name, value in (facts.get("parity") or {}).items():
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             rows[f"parity: {name.replace('_', ' ')}"] = value

@@ -23,8 +23,10 @@ from leantune.adapters import card as model_card
 from leantune.adapters import folder as adapter_folder
 from leantune.adapters import layer as layers
 from leantune.adapters import record, skeleton, verification
+from leantune.adapters.recompression import Recompression, recompress_all
 from leantune.core.atomic import new_folder, write_json, write_text
 from leantune.core.errors import AdapterError, describe, raise_all
+from leantune.methods._factor_file import RECOMPUTED
 
 if TYPE_CHECKING:
     from leantune.models import BaseModel
@@ -63,6 +65,7 @@ class Conversion:
         modules: how many modules it changes.
         target_modules: how the config names them.
         advice: when another way is wiser, else ``None``.
+        recompression: what a smaller rank left out, layer by layer; ``None`` where none was asked for.
     """
 
     folder: Path
@@ -74,10 +77,12 @@ class Conversion:
     modules: int
     target_modules: list[str]
     advice: str | None
+    recompression: Recompression | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {**asdict(self), "folder": str(self.folder)}
+        left_out = None if self.recompression is None else self.recompression.to_dict()
+        return {**asdict(self), "folder": str(self.folder), "recompression": left_out}
 
 
 def convert_to_lora(
@@ -88,6 +93,7 @@ def convert_to_lora(
     base: BaseModel | str | None = None,
     pad_rank: bool | str = True,
     dtype: str | torch.dtype | None = None,
+    rank: int | None = None,
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Conversion:
@@ -101,6 +107,7 @@ def convert_to_lora(
         pad_rank: ``True``: one rank for all modules, the largest; ``"server"``: that, raised to the next rank that
             vLLM takes as a limit; ``False``: each module its own (``rank_pattern``; vLLM and llama.cpp misread it).
         dtype: of the file; ``None`` keeps the factors' own, in which the export is exact.
+        rank: recompress every module to this rank or less, the error of each reported; ``None``: exact.
         tokenizer: saved beside it; from a folder its tokenizer files are copied.
         overwrite: replace a non-empty ``out_dir``.
 
@@ -113,7 +120,7 @@ def convert_to_lora(
     if source is not None:
         adapter_name = "default"
     with new_folder(target) as temporary:
-        conversion = write_lora(model, temporary, adapter_name, facts, pad_rank=pad_rank, dtype=dtype)
+        conversion = write_lora(model, temporary, adapter_name, facts, pad_rank=pad_rank, dtype=dtype, rank=rank)
         copy_tokenizer(tokenizer, source, temporary)
     return Conversion(**{**vars(conversion), "folder": target})
 
@@ -149,7 +156,11 @@ def open_adapter(
         raise AdapterError(describe(str(source), "does not name its base model", "one", "pass base=..."))
     if name != known_base.get("name"):
         known_base = {"name": name}
-    model = adapter_folder.attach(skeleton.build(config, name), source, plain_layout=True)
+    bare = skeleton.build(config, name)
+    if getattr(config, "factors", None) == RECOMPUTED:
+        # The one kind of file that cannot be read without the weights.
+        bare = adapter_folder.recorded_base(source, name).model
+    model = adapter_folder.attach(bare, source, plain_layout=True)
     facts = adapter_folder.describe_adapter(model, "default", None)
     facts["base"] = known_base
     return model, facts, source
@@ -173,14 +184,18 @@ def write_lora(
     *,
     pad_rank: bool | str,
     dtype: str | torch.dtype | None,
+    rank: int | None = None,
 ) -> Conversion:
     """Fill an empty folder with the LoRA form of an adapter (all but the tokenizer)."""
     modules = layers.adapted_modules(model, adapter_name)
     _refuse_more_than_lora(model, adapter_name, modules)
     factors = {path: layers.lora_factors(path, module, adapter_name) for path, module in modules}
+    left_out = None
+    if rank is not None:
+        factors, left_out = recompress_all(factors, rank)
     ranks = {path: A.shape[0] for path, (_, A) in factors.items()}
-    rank = max(ranks.values())
-    common = _padded_rank(rank, pad_rank)
+    largest = max(ranks.values())
+    common = _padded_rank(largest, pad_rank)
     file_dtype = _file_dtype(factors, dtype)
     tensors: dict[str, Tensor] = {}
     error = 0.0
@@ -207,11 +222,12 @@ def write_lora(
         max_abs_error=error,
         native_bytes=native_bytes,
         lora_bytes=lora_bytes,
-        rank=rank,
+        rank=largest,
         padded_rank=common,
         modules=len(modules),
         target_modules=targets,
         advice=_advice(modules, common, lora_bytes, native_bytes),
+        recompression=left_out,
     )
     write_lora_record(folder, facts, conversion, None)
     return conversion

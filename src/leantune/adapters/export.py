@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from leantune.adapters import conversion as converting
 from leantune.adapters import folder as adapter_folder
 from leantune.adapters import merging, parity, skeleton, verification
+from leantune.adapters.recompression import require_exact
 from leantune.core.atomic import new_folder, write_json
 from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean
 
@@ -39,6 +40,8 @@ def export_run(
     new_tokens: int = DEFAULT_NEW_TOKENS,
     pad_rank: bool | str = True,
     dtype: str | None = None,
+    rank: int | None = None,
+    exact: bool = False,
     base: BaseModel | str | None = None,
     overwrite: bool = False,
     note: bool = True,
@@ -54,6 +57,8 @@ def export_run(
         new_tokens: length of the greedy continuations that are compared.
         pad_rank: see :func:`leantune.convert_to_lora`.
         dtype: see :func:`leantune.convert_to_lora`.
+        rank: recompress to this rank. Where that leaves something out, parity is measured and recorded, not demanded.
+        exact: refuse a rank that leaves something out.
         base: the base model, where the record does not tell.
         overwrite: replace a non-empty ``out_dir``.
         note: add the numbers to run.json.
@@ -77,7 +82,12 @@ def export_run(
     facts = adapter_folder.describe_adapter(model, "default", base_model)
     with new_folder(target) as temporary:
         say("writing the LoRA form")
-        conversion = converting.write_lora(model, temporary, "default", facts, pad_rank=pad_rank, dtype=dtype)
+        conversion = converting.write_lora(
+            model, temporary, "default", facts, pad_rank=pad_rank, dtype=dtype, rank=rank
+        )
+        left_out = conversion.recompression
+        if left_out is not None and exact:
+            require_exact(left_out, f"LoRA export of {source}")
         converting.copy_tokenizer(None, source, temporary)
         auto_class = skeleton.auto_class_for(model.get_base_model(), facts["task_type"])
         where, options = skeleton.location(base_model.name, base_model.revision)
@@ -101,7 +111,8 @@ def export_run(
         }
         if note:
             _note(source, result)
-        measured.require(f"LoRA export of {source}")
+        if left_out is None or left_out.is_exact:
+            measured.require(f"LoRA export of {source}")
     return result
 
 
