@@ -134,11 +134,16 @@ def add_grouped(
     z = _sorted(F.linear(x.to(shared.dtype), shared).to(dtype), groups.order)
     segments = groups.segments(_tokens(x))
     pieces = [F.linear(z[segments[i]], factors[i].to(dtype)) * scaling[i] for i in present]
-    share = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-    own = result if groups.order is None else result.index_select(0, groups.order)
+    if groups.order is not None:
+        # Rows of no group take a row of zeros. Not index_copy, which would keep the whole share for its backward.
+        place = groups.order.new_full((len(x),), len(groups.order))
+        place[groups.order] = torch.arange(len(groups.order), device=place.device)
+        pieces.append(z.new_zeros(_tokens(x), pieces[0].shape[-1]))
+        share = torch.cat(pieces).view(len(groups.order) + 1, *result.shape[1:]).index_select(0, place)
+    else:
+        share = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
     # Added before the sum is rounded, so that a row is to the last bit what it is alone.
-    total = (own + share.view(own.shape)).to(result.dtype)
-    return total if groups.order is None else result.index_copy(0, groups.order, total)
+    return (result + share.view(result.shape)).to(result.dtype)
 
 
 class _GroupedLinear(torch.autograd.Function):
