@@ -28,6 +28,7 @@ class Option:
     default: Any
     help: str
     annotation: Any = dataclasses.field(repr=False, default=str)
+    is_repeated: bool = False
 
     @property
     def flag(self) -> str:
@@ -73,6 +74,7 @@ def run_options(config: type, *, without: Iterable[str] = ()) -> list[Option]:
             None if field.is_required() or field.default_factory else field.default,
             field.description or "",
             field.annotation,
+            is_repeated=bool((field.json_schema_extra or {}).get("is_repeated")),
         )
         for name, field in config.model_fields.items()  # type: ignore[attr-defined]
         if name not in skipped
@@ -131,11 +133,11 @@ def with_options(function: Callable[..., Any], options: Iterable[tuple[Option, s
                     None,
                     *names,
                     help=option.help + default,
-                    metavar=None if option.is_switch else option.type_name,
+                    metavar=None if option.is_switch else option.type_name + "|name=file" * option.is_repeated,
                     show_default=False,
                     rich_help_panel=box,
                 ),
-                annotation=bool | None if option.is_switch else str | None,
+                annotation=bool | None if option.is_switch else list[str] | None if option.is_repeated else str | None,
             )
         )
 

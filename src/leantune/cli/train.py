@@ -115,7 +115,8 @@ def configuration(
 
     flags = [
         f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-        for name, value in given.items()
+        for name, values in given.items()
+        for value in (values if isinstance(values, list) else [values])
         if value is not None
     ]
     overrides = [*settings, *flags]

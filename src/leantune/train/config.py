@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from leantune.core.errors import ConfigError, LeantuneError, MethodError, describe, did_you_mean, raise_all
 from leantune.train.option import method_options, user_options
 from leantune.train.regime import contradictions
+from leantune.train.task_config import TaskConfig, first_file, named_tasks, task_problems, with_task, without_first_file
 
 if TYPE_CHECKING:
     from leantune.methods import Method
@@ -36,7 +37,7 @@ class RunConfig(BaseModel):
     model: str = Field(description="Base model: a Hub id, a local folder, a GGUF file, smollm2-135m or minilm-l6")
     data: Path = Field(
         description="Training rows: a jsonl, json, csv, tsv or parquet file, a folder of these, or a Hub data set "
-        "(owner/name, owner/name/config:split)"
+        "(owner/name, owner/name/config:split); with tasks, left out"
     )
     out: Path = Field(description="Run folder to write")
     method: str = Field("s2ft", description="Fine-tuning method; `leantune methods` lists them")
@@ -45,7 +46,23 @@ class RunConfig(BaseModel):
     )
     eval_data: Path | None = Field(None, description="Rows to measure the loss on; none means no evaluation")
     task: Literal["causal-lm", "classification", "regression", "masked-lm", "image-classification"] = Field(
-        "causal-lm", description="What to train: the language model itself (causal or masked), or a head on top of it"
+        "causal-lm",
+        description="What to train: the language model itself (causal or masked), or a head on top of it. On the "
+        "command line a value with '=' is a task of a run with several instead, by its name and file: --task cola=FILE "
+        "--task mrpc=FILE ...",
+        json_schema_extra={"is_repeated": True},
+    )
+    tasks: dict[str, TaskConfig] = Field(
+        default_factory=dict,
+        description="Tasks to train together (multi-lora): a mapping of name to file, or to data, eval_data, kind, lr, "
+        "schedule, warmup_ratio, clip, limit, format, columns; on the command line --task name=file, and --set "
+        "tasks.NAME.kind=regression",
+    )
+    task_sampling: Literal["proportional", "uniform", "temperature"] = Field(
+        "proportional", description="How often each task's rows are drawn: by their number, equally often, or between"
+    )
+    task_temperature: float | None = Field(
+        None, gt=0, description="T of task_sampling temperature, a share of rows^(1/T): 1 is proportional; null means 2"
     )
     eval_share: float | None = Field(
         None, gt=0, lt=1, description="Share of the training rows to hold out and measure on, by a hash of the prompt"
@@ -88,12 +105,12 @@ class RunConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="Decay of the trained parameters, norms and biases left out")
     clip: float = Field(1.0, ge=0, description="Largest gradient norm; 0 means no clipping")
     seed: int = Field(0, ge=0, description="Seed of row order, initialisation, dropout and the method's selection")
-    calibration_share: float = Field(
-        0.01,
+    calibration_share: float | None = Field(
+        None,
         gt=0,
         le=1,
-        description="Share of the training rows that a start or choice made from data is computed from; at least 32 "
-        "rows, at most 512",
+        description="Share of the training rows that a start or choice made from data is computed from, at least 32 "
+        "rows, at most 512; null means the method's own: 0.01, or 0.001 for a start from the first step (lora-sb)",
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="Type of the base weights; trained parameters are at least float32"
@@ -156,6 +173,7 @@ class RunConfig(BaseModel):
             raise ValueError(str(error)) from error
 
     def __init__(self, **values: Any) -> None:
+        values = first_file(values)
         problems: list[str] = []
         try:
             super().__init__(**values)
@@ -163,7 +181,7 @@ class RunConfig(BaseModel):
             problems = [_problem(item, type(self).model_fields) for item in error.errors()]
         problems += _method_problems(values)
         if not problems:
-            problems = self._contradictions() + contradictions(self)
+            problems = self._contradictions() + contradictions(self) + task_problems(self)
         raise_all(problems, ConfigError)
         self.method_options = method_options(self.chosen_method, self.method_options)[0]
 
@@ -180,7 +198,7 @@ class RunConfig(BaseModel):
         return self.lr if self.lr is not None else self.chosen_method.default_learning_rate
 
     def resolved(self) -> RunConfig:
-        """A copy in which what was left to the method and the machine is decided: learning rate and quantiser.
+        """A copy in which what was left to the method and the machine is decided.
 
         Raises:
             DependencyError: no library that could quantise is installed.
@@ -188,11 +206,14 @@ class RunConfig(BaseModel):
         from leantune.models.quantisation import resolve
 
         backend = resolve(self.quantization, self.quantization_backend)
-        return self.model_copy(update={"lr": self.learning_rate, "quantization_backend": backend})
+        share = self.calibration_share or self.chosen_method.calibration_share
+        decided = {"lr": self.learning_rate, "quantization_backend": backend, "calibration_share": share}
+        return self.model_copy(update=decided)
 
     def _contradictions(self) -> list[str]:
         found = []
-        if self.eval_steps is not None and self.eval_data is None and self.eval_share is None:
+        has_rows = any(task.eval_data is not None for task in self.tasks.values())
+        if self.eval_steps is not None and self.eval_data is None and self.eval_share is None and not has_rows:
             got = f"{self.eval_steps} without eval_data"
             do = "set eval_data or eval_share, or drop eval_steps"
             found.append(describe("eval_steps", got, "rows to evaluate on", do))
@@ -230,6 +251,8 @@ class RunConfig(BaseModel):
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
             plain = value.as_posix() if isinstance(value, Path) else value
+            if name == "tasks":
+                plain = {each: task.model_dump(mode="json", exclude_none=True) for each, task in self.tasks.items()}
             lines += textwrap.wrap(str(field.description), 110, initial_indent="# ", subsequent_indent="#   ")
             lines.append(yaml.safe_dump({name: _plain(plain)}, sort_keys=False, allow_unicode=True).rstrip())
         return "\n".join(lines) + "\n"
@@ -241,7 +264,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     Raises:
         ConfigError: a setting has no ``=``, or names neither a field nor an option.
     """
-    merged = dict(values)
+    merged = without_first_file(values)
     raw_options = merged.get("method_options")
     options = dict(raw_options) if isinstance(raw_options, dict) else {}
     settings, problems = [], []
@@ -252,9 +275,20 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
         else:
             problems.append(describe(f"setting '{override}'", "no '='", "key=value", f"write {override}=VALUE"))
     fields = RunConfig.model_fields
+    tasks, wrong = named_tasks(settings)
+    problems += wrong
+    for name, path in tasks.items():
+        merged = with_task(merged, name, "data", path)
+    settings = [(key, text) for key, text in settings if key != "task" or "=" not in text]
     for key, text in settings:
-        if key in fields and key != "method_options":
-            merged[key] = None if text.lower() in _NOTHING else text
+        value = None if text.lower() in _NOTHING else text
+        if key == "tasks":
+            merged[key] = yaml.safe_load(text)
+        elif key in fields and key != "method_options":
+            merged[key] = value
+        elif key.startswith("tasks.") and key.count(".") > 1:
+            _, name, setting = key.split(".", 2)
+            merged = with_task(merged, name, setting, value)
     known = _option_names(merged.get("method", fields["method"].default))
     for key, text in settings:
         name = key.removeprefix("method_options.")
@@ -262,7 +296,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
             options = yaml.safe_load(text) or {}
         elif key != name or (key not in fields and key in known):
             options[name] = yaml.safe_load(text)
-        elif key not in fields:
+        elif key not in fields and not (key.startswith("tasks.") and key.count(".") > 1):
             problems.append(
                 describe(f"setting '{key}'", "unknown", did_you_mean(key, [*fields, *known]), "mend the name")
             )
@@ -272,9 +306,22 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     return merged
 
 
+class _UniqueNames(yaml.SafeLoader):
+    """Refuses a name that stands twice in a table, of which YAML would take the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A table of the file."""
+        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = next((key for place, key in enumerate(names) if key in names[:place]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"'{twice}' stands twice in one table, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep=deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # A subclass of yaml's safe loader.
+        values = yaml.load(path.read_text(encoding="utf-8"), _UniqueNames)
     except FileNotFoundError as error:
         raise ConfigError(describe(str(path), "not there", "a YAML recipe", "check the path")) from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -313,6 +360,9 @@ def _method_problems(values: dict[str, Any]) -> list[str]:
 def _problem(item: Any, fields: Iterable[str]) -> str:
     """One pydantic error in our words."""
     where = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] == "extra_forbidden" and item["loc"][0] == "tasks":
+        near = did_you_mean(str(item["loc"][-1]), TaskConfig.model_fields)
+        return describe(where, "unknown setting", near, "mend the name or drop the line")
     if item["type"] == "extra_forbidden":
         return describe(where, "unknown setting", did_you_mean(where, fields), "mend the name or drop the line")
     if item["type"] == "missing":
