@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from leantune.train.trainer import LeanTrainer
 
 _TASK_TYPES = {"causal-lm": "CAUSAL_LM", "classification": "SEQ_CLS", "regression": "SEQ_CLS"}
 HEAD_TASKS = ("classification", "regression", "image-classification")
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass
@@ -70,12 +72,14 @@ class Prepared:
         examples: the rows as tokens.
         model: the base with the method on it.
         trainer: what would train it.
+        tasks: of a run with several.
     """
 
     base: BaseModel
     examples: Examples
     model: Any
     trainer: LeanTrainer
+    tasks: list[Any] = field(default_factory=list)
 
 
 def prepare(config: RunConfig, *, checkpoints: Path | None = None, resume: bool = False) -> Prepared:
@@ -93,6 +97,10 @@ def prepare(config: RunConfig, *, checkpoints: Path | None = None, resume: bool 
         check_vacant(config.out, config.overwrite)
     check_trackers(config.report_to)
     set_seed(config.seed)
+    if config.tasks:
+        from leantune.train.task_setup import prepare_tasks
+
+        return prepare_tasks(config, checkpoints or config.out / CHECKPOINTS, resume=resume)
     # A run goes on with the template it began with, whatever became of the file.
     rows = read_data(config, kept_template(config) if resume else None)
     base = load_model(config, config.model, rows.label_names)
@@ -190,11 +198,12 @@ def apply_method(config: RunConfig, base: BaseModel) -> Any:
         do = f"see leantune methods {method.name} and leantune inspect model {base.name}"
         raise MethodError(describe(f"method {method.name}", text, "options that fit the model", do)) from error
     if config.gradient_checkpointing:
-        _enable_checkpointing(model)
+        enable_checkpointing(model)
     return model
 
 
-def _enable_checkpointing(model: Any) -> None:
+def enable_checkpointing(model: Any) -> None:
+    """Recompute activations in the backward pass."""
     # transformers 5.23 has renamed the switch; the older name goes in its version 6.
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
@@ -204,10 +213,17 @@ def _enable_checkpointing(model: Any) -> None:
     base.disable_input_require_grads()
 
 
-def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Examples, checkpoints: Path) -> LeanTrainer:
-    """The trainer of a run; its checkpoints go into the folder given, which it makes."""
+def build_trainer(
+    config: RunConfig, base: BaseModel, model: Any, examples: Examples, checkpoints: Path, tasks: Sequence[Any] = ()
+) -> LeanTrainer:
+    """The trainer of a run (of one with several tasks: of them all); its checkpoints go into the folder given."""
     plan = config.chosen_method.plan(model)
     check_plan(config, plan)
+    make: Any = LeanTrainer
+    if tasks:
+        from leantune.train.task_trainer import TaskTrainer, with_tasks
+
+        make, plan = partial(TaskTrainer, tasks=tasks), with_tasks(plan)
     evaluation: Any = None
     if examples.evaluation is not None:
         # The loss does not depend on their order, the padding does.
@@ -217,8 +233,8 @@ def build_trainer(config: RunConfig, base: BaseModel, model: Any, examples: Exam
     training: Any = examples.packs if examples.packs is not None else examples.train
     if config.task == "masked-lm":
         training = MaskedTokens(training, base.tokenizer, seed=config.seed)
-    trainer = LeanTrainer(
-        model,
+    trainer: LeanTrainer = make(
+        model=model,
         plan=plan,
         task=config.task,
         logits=config.logits,
@@ -256,7 +272,7 @@ def _arguments(config: RunConfig, checkpoints: Path) -> RunArguments:
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         learning_rate=config.learning_rate,
-        lr_scheduler_type=_SCHEDULES[config.schedule],
+        lr_scheduler_type=SCHEDULES[config.schedule],
         # Below one it is a share of the steps.
         warmup_steps=config.warmup_ratio,
         optim=config.optimizer,
