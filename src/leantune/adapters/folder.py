@@ -20,11 +20,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from leantune import __version__, methods
 from leantune.adapters import card as model_card
+from leantune.adapters import factor_file, record, verification
 from leantune.adapters import layer as layers
-from leantune.adapters import record, verification
 from leantune.adapters.restoration import native_errors
 from leantune.core.atomic import new_folder, recover, write_text
 from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean, raise_all
+from leantune.methods._factor_file import STORED, in_file
 from leantune.methods._initialization import start_from_file
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def save(
     tokenizer: Any = None,
     card: dict[str, Any] | None = None,
     state_dict: dict[str, Any] | None = None,
+    factors: str = STORED,
 ) -> Path:
     """Write one adapter as a folder that stock PEFT reads; an older adapter folder there is replaced in one step.
 
@@ -51,11 +53,15 @@ def save(
         tokenizer: saved beside it with its chat template, so that serving sees what training saw.
         card: extra parts of the model card, see :func:`leantune.adapters.card.render`.
         state_dict: the model's state in whole tensors, where the model itself is sharded over processes.
+        factors: where the frozen factors of ``lora-xs`` and ``lora-sb`` go: ``"stored"`` here; ``"recomputed"``
+            nowhere, to be decomposed from the base weights again (``lora-xs`` alone); ``"shared"`` in a file above
+            the folder, once for all adapters that have the same.
 
     Raises:
         AdapterError: the adapter holds a value that is not finite, or ``folder`` holds something else.
     """
     target = Path(folder)
+    factor_file.require_form(factors)
     if adapter_name not in model.peft_config:
         near = did_you_mean(adapter_name, model.peft_config)
         raise AdapterError(describe(f"adapter '{adapter_name}'", "not on this model", near, "pass adapter_name=..."))
@@ -74,7 +80,12 @@ def save(
             with native_errors(target):
                 tokenizer.save_pretrained(temporary)
         facts = describe_adapter(model, adapter_name, base)
+        if factors != STORED:
+            with native_errors(target):
+                facts |= factor_file.shrink(model, temporary, adapter_name, factors)
         record.write(temporary, facts)
+        if said := factor_file.section(facts):
+            card = {**(card or {}), "sections": {**((card or {}).get("sections") or {}), **said}}
         write_text(temporary / "README.md", model_card.render(facts, card))
     return target
 
@@ -97,7 +108,10 @@ def describe_adapter(model: PeftModel, adapter_name: str, base: BaseModel | None
     config = model.peft_config[adapter_name]
     modules = layers.adapted_modules(model, adapter_name)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    parameters = sum(tensor.numel() for tensor in state.values() if tensor.is_floating_point())
+    # Frozen factors are in the file and do not train.
+    frozen = {buffer.data_ptr() for buffer in model.buffers() if buffer.numel()}
+    trained = [tensor for tensor in state.values() if tensor.is_floating_point() and tensor.data_ptr() not in frozen]
+    parameters = sum(tensor.numel() for tensor in trained)
     target_weights = sum(out * into for out, into in (layers.shape_of(module) for _, module in modules))
     return {
         "leantune": __version__,
@@ -214,6 +228,7 @@ def attach(
         wrapped = undo.wrapped = _wrap(model, config, adapter_name, path)
         with start_from_file():
             expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
+        expected = in_file(wrapped, config, adapter_name, expected, tensors)
         found += verification.key_problems(expected, tensors, wrapped, adapter_name, path)
         raise_all(found, AdapterError)
         wrapped.load_adapter(str(path), adapter_name=adapter_name, is_trainable=trainable)

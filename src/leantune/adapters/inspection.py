@@ -6,8 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from leantune.adapters import factor_file, record, verification
 from leantune.adapters import folder as adapter_folder
-from leantune.adapters import record, verification
 
 
 def inspect_adapter(folder: str | Path) -> dict[str, Any]:
@@ -46,11 +46,13 @@ def inspect_adapter(folder: str | Path) -> dict[str, Any]:
         "task_type": fields.pop("task_type", None) or known.get("task_type"),
         "base": known.get("base") or {"name": config.base_model_name_or_path},
         "config": fields,
-        "parameters": sum(entry["parameters"] for entry in modules.values()),
+        # What is frozen and stored all the same is no trained number; the record tells, where there is one.
+        "parameters": known.get("parameters") or sum(entry["parameters"] for entry in modules.values()),
         "bytes": (path / verification.WEIGHTS_NAME).stat().st_size,
         "dtypes": sorted({_dtype(tensor) for tensor in tensors.values() if tensor.is_floating_point()}),
         "achieved_ratio": getattr(config, "achieved_ratio", None),
         "rank": getattr(config, "r", None),
+        **factor_file.facts(path, config),
         "modules": modules,
     }
 
@@ -70,7 +72,7 @@ def _split(key: str, prefixes: tuple[str, ...]) -> tuple[str, str]:
 
 def _changed_fields(config: Any) -> dict[str, Any]:
     left_out = {"peft_type", "peft_version", "base_model_name_or_path", "auto_mapping", "inference_mode"}
-    left_out.add("runtime_config")
+    left_out |= {"runtime_config", "factors", "factor_file", "factor_hash"}
     changed = {}
     for field in dataclasses.fields(config):
         if field.name in left_out:

@@ -7,8 +7,8 @@ recomputed
     ``k = r + 8``, the probe is ``P B (k, r)`` and ``A Q (r, k)``. Who reads it decomposes the base weight again.
     Singular vectors have free signs, and turn freely where singular values coincide: least squares over
     ``P B' T = P B`` and ``T' A' Q = A Q`` finds ``B' T = B`` and ``T' A' = A``. The eight rows beyond the unknowns tell
-    another subspace from a turned one; beyond :data:`TOLERANCE` the file is refused. ``R' = T R T'`` then gives
-    ``B' R' A' = B R A``.
+    another subspace from a turned one, and ``T`` and ``T'`` must be rotations; beyond :data:`TOLERANCE` the file is
+    refused. ``R' = T R T'`` then gives ``B' R' A' = B R A``.
 shared
     ``R`` alone; ``B`` and ``A`` stand in a file beside or above the adapter's folder, named after the hash of its
     content, which any number of adapters with the same factors share.
@@ -36,7 +36,7 @@ from leantune.methods._core_factor import CoreFactors
 
 STORED, RECOMPUTED, SHARED = FORMS = ("stored", "recomputed", "shared")
 TOLERANCE = 1e-4
-"""Largest part of a probed direction that the recomputed factors may miss."""
+"""By how much recomputed factors may differ from the stored ones, but for a rotation."""
 EXTRA = 8
 """Probes beyond the rank: chance hides a wrong direction from so many with a likelihood of about ``TOLERANCE**8``."""
 _PEFT = "base_model.model."
@@ -58,11 +58,10 @@ class FactorConfig(AdapterConfig):
         default=None, metadata={"help": "Set by Leantune: the hash of the shared factors.", "is_result": True}
     )
 
-    read_from = None
-    """The local folder that the config was read from. No field: it is written nowhere."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
+        # The local folder that the config was read from. No field: it is written nowhere.
+        self.read_from: Path | None = None
         problems = []
         if self.factors not in FORMS:
             where = f"{type(self).__name__}.factors"
@@ -159,7 +158,8 @@ def turned(R: Tensor, stored: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor
         found: the probe of the factors at hand.
 
     Returns:
-        ``T R T'`` in float64, and the largest part of a stored probe's direction that the found ones miss.
+        ``T R T'`` in float64, and by how much the found factors are not the stored ones, turned: the largest part of
+        a stored direction that they miss, or entry of ``T^T T - I`` (the singular values are others then).
     """
     core = R.detach().to("cpu", torch.float64)
     if all(torch.equal(mine.to(theirs.dtype), theirs) for mine, theirs in zip(found, stored, strict=True)):
@@ -171,19 +171,21 @@ def turned(R: Tensor, stored: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor
 
 
 def _solved(found: Tensor, stored: Tensor) -> tuple[Tensor, float]:
-    """``T`` with ``found T ~ stored``, and the largest relative error of a column."""
+    """``T`` with ``found T ~ stored``, and the largest relative error of a column, or of ``T`` being a rotation."""
     lengths = torch.linalg.vector_norm(found, dim=0).clamp(min=torch.finfo(found.dtype).tiny)
     turn = torch.linalg.pinv(found / lengths, rtol=1e-12) @ stored
     missed = torch.linalg.vector_norm(found / lengths @ turn - stored, dim=0)
     whole = torch.linalg.vector_norm(stored, dim=0)
     floor = torch.finfo(torch.float32).eps * whole.max().clamp(min=torch.finfo(found.dtype).tiny)
-    return turn / lengths[:, None], float((missed / whole.clamp(min=float(floor))).max())
+    turn = turn / lengths[:, None]
+    bent = (turn.t() @ turn - torch.eye(len(turn)).to(turn)).abs().max()
+    return turn, max(float((missed / whole.clamp(min=float(floor))).max()), float(bent))
 
 
 def recompute(
     core: Core, config: Any, R: Tensor, stored: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """``B``, ``R``, ``A`` of a layer from its base weight, and how far their subspaces are from the stored ones.
+    """``B``, ``R``, ``A`` of a layer from its base weight, and how far they are from the stored ones.
 
     Args:
         core: the layer.
@@ -269,8 +271,8 @@ def _recomputed(core: Core, config: Any, state: dict[str, Tensor]) -> None:
         raise AdapterError(
             describe(
                 f"compact adapter, module {core.path}",
-                f"the factors recomputed from this base weight miss {missed:.2%} of a stored direction",
-                f"the subspace that was trained, to {TOLERANCE:.2%}",
+                f"the factors recomputed from this base weight are {missed:.2%} off by the stored probe",
+                f"those of the training, to {TOLERANCE:.2%}",
                 "load the very base it was trained on, in its dtype, or the adapter's folder with stored factors",
             )
         )
