@@ -85,6 +85,8 @@ def test_all_load_in_one_fresh_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tested", _subjects())
 def test_pickle(tested: Subject) -> None:
+    if "pickle" in tested.method.gaps:
+        pytest.skip(tested.method.gaps["pickle"])
     model = tested.wrap_perceptron()
     twin = pickle.loads(pickle.dumps(model))
     assert_same(twin(points()).detach(), model(points()).detach(), "output of the unpickled model")

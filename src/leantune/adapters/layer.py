@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vera.layer import VeraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -122,11 +123,13 @@ def lora_factors(path: str, layer: Any, adapter_name: str) -> tuple[Tensor, Tens
     if _is_stock_lora(layer) and adapter_name in layer.lora_A:
         refuse_lora_variant(path, layer, adapter_name)
         return _stock_factors(layer, adapter_name)
+    if isinstance(layer, VeraLayer):
+        return _vera_factors(layer, adapter_name)
     raise AdapterError(
         describe(
             f"module {path}",
             f"a {type(layer).__name__} layer has no LoRA form",
-            "a linear layer with lora_factors, or stock PEFT LoRA on one",
+            "a linear layer with lora_factors, or stock PEFT LoRA or VeRA on one",
             "merge the adapter into the base instead (leantune merge)",
         )
     )
@@ -138,6 +141,15 @@ def _stock_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
     # Reduced precision is widened first: folding the scaling into bfloat16 factors would round them again.
     wide = torch.promote_types(A.dtype, torch.float32)
     return B.to(wide) * layer.scaling[adapter_name], A.to(wide)
+
+
+def _vera_factors(layer: Any, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """``diag(b) B diag(d)`` and ``A``, cut to the layer's size."""
+    A: Tensor = layer.vera_A[adapter_name][:, : layer.in_features]
+    B: Tensor = layer.vera_B[adapter_name][: layer.out_features]
+    rows, columns = layer.vera_lambda_b[adapter_name].detach(), layer.vera_lambda_d[adapter_name].detach()
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return rows[:, None].to(wide) * B.to(wide) * columns.to(wide), A.to(wide).contiguous()
 
 
 def _is_stock_lora(layer: Any) -> bool:

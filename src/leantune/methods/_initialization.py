@@ -17,7 +17,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from leantune.core.errors import MethodError, describe
-from leantune.methods._calibration import Calibration
+from leantune.methods._calibration import GRADIENT_BYTES, Calibration
+from leantune.methods._first_step import DEFAULT_OPTIMIZER, Step
+from leantune.methods._registry import of_config
 
 _expects_file: ContextVar[bool] = ContextVar("expects_file", default=False)
 
@@ -34,7 +36,7 @@ class StartingLayer:
         """Raise MethodError when one of the adapters still waits."""
         for name in adapters:
             if self.waits_for_data(name):
-                raise _waits(name)
+                raise waits(name)
 
 
 class StartingModel(BaseTuner):
@@ -52,16 +54,6 @@ class StartingModel(BaseTuner):
             describe(f"adapter '{adapters[0]}'", "takes nothing from data", "a method that does", "train it as it is")
         )
 
-    def waiting(self) -> list[list[str]]:
-        """The adapters that wait for their start, those with one config object together."""
-        layers = [module for module in self.modules() if isinstance(module, StartingLayer)]
-        groups: dict[int, list[str]] = {}
-        # In the order they were added, which is the same in every process.
-        for name in self.peft_config:
-            if any(layer.waits_for_data(name) for layer in layers):
-                groups.setdefault(id(self.peft_config[name]), []).append(name)
-        return list(groups.values())
-
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         adapter = kwargs["adapter_name"] if "adapter_name" in kwargs else args[1]
@@ -72,7 +64,19 @@ class StartingModel(BaseTuner):
         return state
 
 
-def _waits(adapter: str) -> MethodError:
+def waiting(tuner: BaseTuner) -> list[list[str]]:
+    """The adapters that wait for their start, those with one config object together."""
+    layers = [module for module in tuner.modules() if isinstance(module, StartingLayer)]
+    groups: dict[int, list[str]] = {}
+    # In the order they were added, which is the same in every process.
+    for name, config in tuner.peft_config.items():
+        if any(layer.waits_for_data(name) for layer in layers):
+            groups.setdefault(id(config), []).append(name)
+    return list(groups.values())
+
+
+def waits(adapter: str) -> MethodError:
+    """The refusal of an adapter that has no start yet."""
     return MethodError(
         describe(
             f"adapter '{adapter}'",
@@ -81,6 +85,11 @@ def _waits(adapter: str) -> MethodError:
             "call leantune.initialize(model, batches)",
         )
     )
+
+
+def expects_file() -> bool:
+    """Whether the state of a waiting adapter may be listed now."""
+    return _expects_file.get()
 
 
 @contextmanager
@@ -98,6 +107,9 @@ def initialize(
     batches: Iterable[Mapping[str, Any]],
     step_size: float | None = None,
     loss: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None,
+    *,
+    optimizer: str | Step = DEFAULT_OPTIMIZER,
+    gradient_bytes: int = GRADIENT_BYTES,
 ) -> dict[str, Any]:
     """Compute the data-dependent starts of a model's waiting adapters, in place.
 
@@ -112,19 +124,23 @@ def initialize(
         model: a PEFT model with an adapter whose start comes from data.
         batches: what ``model(**batch)`` takes, as the collator of the training makes it: 2-D ``attention_mask``
             excludes padding, ``labels`` are needed where gradients are. A one-off iterator is read once and kept.
-        step_size: length of a first optimizer step, for methods whose start is such a step; others ignore it.
+        step_size: for methods whose start is an optimizer's first step on the weights: its learning rate, that is, that
+            of the first step above zero; others ignore it.
         loss: ``(model, batch) -> scalar``; the gradient is that of its sum over all batches. Default: the model's own
             mean loss times the number of labels in the batch, divided by their number in all batches, so that it does
             not matter how rows are put into batches.
+        optimizer: for those methods: transformers' name of it, or a function ``(gradient, step_size) -> step``.
+        gradient_bytes: most bytes of gradients at one time: fewer mean more passes over the batches.
 
     Returns:
-        What was done: ``adapters``, ``batches``, ``rows``, ``tokens`` (without padding), ``passes`` over the batches.
+        What was done: ``adapters``, ``batches``, ``rows``, ``tokens`` (without padding), ``passes`` over the batches,
+        and what the method tells of its start.
 
     Raises:
         MethodError: no adapter waits, the batches are empty or of the wrong kind, or do not give finite numbers.
     """
     tuner: Any = getattr(model, "base_model", model)
-    groups = tuner.waiting() if isinstance(tuner, StartingModel) else []
+    groups = waiting(tuner) if isinstance(tuner, BaseTuner) else []
     if not groups:
         raise MethodError(
             describe(
@@ -138,9 +154,15 @@ def initialize(
         raise MethodError(
             describe("initialize", "an adapter is merged", "the base's own weights", "call model.unmerge_adapter()")
         )
-    data = Calibration(model, batches, step_size=step_size, loss=loss)
+    data = Calibration(
+        model, batches, step_size=step_size, optimizer=optimizer, loss=loss, gradient_bytes=gradient_bytes
+    )
     with data.at_rest():
         for names in groups:
-            tuner.start_from_data(names, data)
+            if isinstance(tuner, StartingModel):
+                tuner.start_from_data(names, data)
+            else:
+                # A tuner of PEFT's own: its method's file knows the start.
+                of_config(tuner.peft_config[names[0]]).start(tuner, names, data)
     facts = {"batches": len(data.batches), "rows": data.rows, "tokens": data.tokens, "passes": data.passes}
-    return {"adapters": [name for names in groups for name in names], **facts}
+    return {"adapters": [name for names in groups for name in names], **facts, **data.told}

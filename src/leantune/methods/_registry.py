@@ -11,17 +11,26 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from leantune.core.errors import MethodError, describe, did_you_mean
 from leantune.methods._plan import TrainingPlan
 
+if TYPE_CHECKING:
+    from leantune.methods._calibration import Calibration
+
 
 def _never(config: Any) -> bool:
     del config
     return False
+
+
+def _no_start(model: nn.Module, adapters: list[str], data: Calibration) -> None:
+    del model, data
+    got = "its method takes nothing from data"
+    raise MethodError(describe(f"adapter '{adapters[0]}'", got, "a method that does", "train it as it is"))
 
 
 def _empty_plan(model: nn.Module) -> TrainingPlan:
@@ -44,6 +53,9 @@ class Method:
         identity_at_init: the wrapped model equals the base bit for bit before the first step.
         needs_batches: ``(config) -> bool``: with this config the start is computed from data, by
             ``leantune.initialize``.
+        start: ``(tuner, adapters, calibration) -> None``: computes that start, where the tuner is PEFT's own (a model
+            of ours does it in ``start_from_data``).
+        calibration_share: of the training rows, what a run computes that start from unless it is told otherwise.
         lora_form: its change is exactly ``B A`` with factors from ``AdapterLayer.lora_factors``.
         cannot_merge: of an adapter that is not mergeable: why, in a clause that follows its name.
         has_tasks: several adapters of one config train side by side, each on its own task's rows of a mixed batch; its
@@ -54,6 +66,7 @@ class Method:
         plan: ``(model) -> TrainingPlan``.
         options: options that the method's name sets, below those a user gives; see :meth:`preset`.
         toy_options: options that make sense on the tiny models of the contract suite.
+        gaps: checks of the contract that an implementation of PEFT's own does not pass, and why.
     """
 
     name: str
@@ -67,6 +80,8 @@ class Method:
     mergeable: bool = True
     identity_at_init: bool = True
     needs_batches: Callable[[Any], bool] = _never
+    start: Callable[[Any, list[str], Calibration], None] = _no_start
+    calibration_share: float = 0.01
     lora_form: bool = True
     cannot_merge: str = ""
     has_tasks: bool = False
@@ -74,6 +89,7 @@ class Method:
     plan: Callable[[nn.Module], TrainingPlan] = _empty_plan
     options: Mapping[str, Any] = field(default_factory=dict)
     toy_options: Mapping[str, Any] = field(default_factory=dict)
+    gaps: Mapping[str, str] = field(default_factory=dict)
 
     def preset(self, name: str, options: Mapping[str, Any], **changes: Any) -> Method:
         """Another method over the same config: its own name, the options that this name sets, and what else differs.

@@ -10,6 +10,8 @@ a fact that the method states, raises :class:`NotApplicable`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,11 +22,24 @@ from leantune.core.errors import MethodError, describe
 from leantune.testing import adapter, beginning, file, forward, weight
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.model import FAMILIES
-from leantune.testing.subject import NotApplicable, Subject
+from leantune.testing.subject import NotApplicable, Subject, only_when
 
 Check = Callable[[Subject], None]
 
-CHECKS: list[Check] = [*forward.CHECKS, *weight.CHECKS, *adapter.CHECKS, *file.CHECKS, *beginning.CHECKS]
+
+def _with_gaps(check: Check) -> Check:
+    """The check, let off where the method names it among its gaps."""
+
+    @functools.wraps(check)
+    def checked(subject: Subject) -> None:
+        only_when(check.__name__ not in subject.method.gaps, subject.method.gaps.get(check.__name__, ""))
+        check(subject)
+
+    return checked
+
+
+_ALL = [*forward.CHECKS, *weight.CHECKS, *adapter.CHECKS, *file.CHECKS, *beginning.CHECKS]
+CHECKS: list[Check] = [_with_gaps(check) for check in _ALL]
 """Every check of the contract; its name says what holds, its docstring how."""
 
 
@@ -36,9 +51,10 @@ def subject(config: type | str, family: str = "llama", **options: Any) -> Subjec
     """
     if isinstance(config, str):
         return Subject(methods.get(config), options, family)
-    for name in methods.names():
-        if methods.get(name).config is config:
-            return Subject(methods.get(name), options, family)
+    found = [methods.get(name) for name in methods.names() if methods.get(name).config is config]
+    if found:
+        # Of a method and its presets the method itself.
+        return Subject(min(found, key=lambda method: len(method.options)), options, family)
     raise MethodError(
         describe(
             config.__name__,
@@ -51,7 +67,7 @@ def subject(config: type | str, family: str = "llama", **options: Any) -> Subjec
 
 def _where(check: Check, error: Exception) -> str:
     """File and line of the check's own code that failed, not of what it called."""
-    file_name = check.__code__.co_filename
+    file_name = inspect.unwrap(check).__code__.co_filename
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file_name]
     return f"{Path(file_name).name}:{frames[-1].lineno}" if frames else check.__name__
 

@@ -1,0 +1,84 @@
+"""Prefix tuning: every attention layer sees ``n`` trained keys and values in front of those of the text.
+
+``softmax(q [P_k; K]^T) [P_v; V]`` with ``P_k, P_v (n, kv width)`` trained for each layer; no weight changes. Li and
+Liang, arXiv 2101.00190, eq. 3, without the network that their training reparametrises the prefix by
+(``prefix_projection`` brings it back).
+
+The prefix is PEFT's. It is put in the cache of keys and values, which gradient checkpointing has no use for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PrefixTuningConfig, get_peft_model
+from torch import nn
+
+from leantune.core.errors import MethodError, describe
+from leantune.methods._registry import Method, register
+
+_NO_TARGETS = "a prefix has no target modules: it stands beside the whole model"
+_GAPS = {
+    **dict.fromkeys(
+        (
+            "gradients_match_finite_differences",
+            "checkpointed_layer",
+            "low_precision",
+            "trained_dtype",
+            "empty_batch",
+            "trained_count_is_the_stated_one",
+            "all_linear_twice",
+            "deep_copy",
+            "config_survives_its_file",
+            "pickle",
+        ),
+        _NO_TARGETS,
+    ),
+    "gradient_checkpointing": "a checkpointed layer takes no cache, which is where the prefix stands",
+    "unload_restores_the_base": "PEFT has nothing to unload: the base was never touched",
+    "several_adapters_switch": "PEFT leaves a prefix trainable that is not active",
+    "mixed_batch": "PEFT takes no adapter_names for a prefix",
+    "reference_copy": "PEFT warns of an adapter called ref, which is part of the name prefix_tuning",
+    "modules_to_save": "PEFT leaves modules trained whole on when the prefix is off",
+}
+
+
+def _trainable_parameters(config: PrefixTuningConfig, out_features: int, in_features: int) -> int:
+    # Of a key or value projection of that size: what stands in front of its output.
+    del in_features
+    return config.num_virtual_tokens * out_features
+
+
+def _apply(model: nn.Module, config: PrefixTuningConfig) -> nn.Module:
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if task != "CAUSAL_LM":
+        got = f"task_type {config.task_type}, for which nothing would put the prefix in front"
+        raise MethodError(describe("method prefix", got, "a causal language model", "choose another method"))
+    wrapped: Any = get_peft_model(model, config)
+    if next(model.parameters()).dtype == torch.float64:
+        # PEFT's is float32 over any base.
+        wrapped.prompt_encoder.to(torch.float64)
+    return wrapped
+
+
+register(
+    Method(
+        name="prefix",
+        title="Prefix tuning (stock PEFT)",
+        config=PrefixTuningConfig,
+        formula="softmax(q [P_k; K]^T) [P_v; V]",
+        paper="Prefix-Tuning, arXiv 2101.00190",
+        trainable_parameters=_trainable_parameters,
+        apply=_apply,
+        mergeable=False,
+        identity_at_init=False,
+        lora_form=False,
+        cannot_merge="a prefix is keys and values in front of the text and no change of weights",
+        default_learning_rate=1e-2,
+        # The LLM-Adapters setting that the S2FT paper compares with has 10 (30 in its arithmetic runs).
+        options={"num_virtual_tokens": 10},
+        toy_options={"num_virtual_tokens": 3},
+        gaps=_GAPS,
+    )
+)
