@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from leantune.adapters import conversion as converting
 from leantune.adapters import folder as adapter_folder
-from leantune.adapters import merging, parity, skeleton, verification
+from leantune.adapters import merging, parity, record, skeleton, verification
 from leantune.adapters.recompression import require_exact
 from leantune.core.atomic import new_folder, write_json
 from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean
+from leantune.methods._factor_file import RECOMPUTED, SHARED, STORED
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
     from leantune.models import BaseModel
 
-FORMATS = ("lora",)
+# Where the frozen factors of lora-xs and lora-sb go: into the folder, nowhere, or into a file above it.
+FACTOR_FORMATS = {"native": STORED, "lora-xs": RECOMPUTED, "shared-factors": SHARED}
+FORMATS = ("lora", *FACTOR_FORMATS)
 ONTO = ("trained", "original")
 DEFAULT_NEW_TOKENS = 32
 
@@ -47,12 +50,13 @@ def export_run(
     note: bool = True,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Export a run's adapter and prove that stock PEFT gives the same answers with it.
+    """Export a run's adapter: as plain LoRA, proven to give the same answers in stock PEFT, or in its own form.
 
     Args:
         run: a run folder, an adapter folder or a Hub id.
         out_dir: where to.
-        format: ``"lora"``.
+        format: ``"lora"``; or in its own form, with the frozen factors of ``lora-xs`` and ``lora-sb`` in the folder
+            (``"native"``), recomputed on loading (``"lora-xs"``), or in a file above it (``"shared-factors"``).
         prompts: texts to compare on; default: the first rows of the run's own data, else built-in texts.
         new_tokens: length of the greedy continuations that are compared.
         pad_rank: see :func:`leantune.convert_to_lora`.
@@ -65,7 +69,8 @@ def export_run(
         progress: told what happens, in words.
 
     Returns:
-        ``format``, ``folder``, ``conversion`` and ``parity``, as JSON; the same is appended to ``exports`` of run.json.
+        ``format``, ``folder``, and of plain LoRA ``conversion`` and ``parity``, of its own form the ``bytes`` (native,
+        written, shared), ``factor_file`` and ``factor_error``; as JSON, also appended to ``exports`` of run.json.
 
     Raises:
         AdapterError: the adapter has no such form.
@@ -73,12 +78,20 @@ def export_run(
     """
     if format not in FORMATS:
         raise AdapterError(describe("format", repr(format), did_you_mean(format, FORMATS), "choose one"))
+    if format in FACTOR_FORMATS and (rank is not None or dtype is not None):
+        raise AdapterError(describe("rank, dtype", f"given with format {format!r}", "format 'lora'", "leave them out"))
     target = Path(out_dir)
     converting.refuse_occupied(target, overwrite)
     say = progress or (lambda _: None)
     source = adapter_of(run)
     say("loading the trained model")
     base_model, model = _open(source, base)
+    if format in FACTOR_FORMATS:
+        say("writing it, and reading it back")
+        result = _write_own_form(source, base_model, model, target, format)
+        if note:
+            _note(source, result)
+        return result
     facts = adapter_folder.describe_adapter(model, "default", base_model)
     with new_folder(target) as temporary:
         say("writing the LoRA form")
@@ -114,6 +127,21 @@ def export_run(
         if left_out is None or left_out.is_exact:
             measured.require(f"LoRA export of {source}")
     return result
+
+
+def _write_own_form(source: Path, base_model: BaseModel, model: PeftModel, target: Path, format: str) -> dict[str, Any]:
+    has_tokenizer = any((source / name).is_file() for name in ("tokenizer_config.json", "preprocessor_config.json"))
+    tokenizer = base_model.encoder if has_tokenizer else None
+    adapter_folder.save(model, target, base=base_model, tokenizer=tokenizer, factors=FACTOR_FORMATS[format])
+    known = record.read(target)
+    shared = known.get("factor_file")
+    sizes = {
+        "native": (source / verification.WEIGHTS_NAME).stat().st_size,
+        "written": (target / verification.WEIGHTS_NAME).stat().st_size,
+        "shared": (target.parent / shared).stat().st_size if shared else 0,
+    }
+    told = {"factor_file": shared, "factor_error": known.get("factor_error", 0.0)}
+    return {"format": format, "folder": str(target), "bytes": sizes, **told}
 
 
 def merge_run(

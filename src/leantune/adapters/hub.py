@@ -13,11 +13,12 @@ from typing import Any
 
 from leantune import methods
 from leantune.adapters import conversion as converting
+from leantune.adapters import factor_file, record, skeleton, verification
 from leantune.adapters import folder as adapter_folder
-from leantune.adapters import record, skeleton, verification
 from leantune.adapters.publication import NATIVE, RUN_RECORD, changed_files
 from leantune.core.atomic import new_folder, write_json
 from leantune.core.errors import AdapterError, HubError, LeantuneError, describe, raise_all
+from leantune.methods._factor_file import RECOMPUTED
 
 PULLED = ["*.json", "*.safetensors", "*.md", "*.jinja", "*.txt", "*.model"]
 # Files of an older push that a new one replaces.
@@ -173,6 +174,9 @@ def _lay_out(fetched: Path, folder: Path) -> Path:
     weights = (verification.CONFIG_NAME, verification.WEIGHTS_NAME, record.RECORD_NAME)
     for name in weights:
         _copy(fetched / NATIVE / name if has_native else fetched / name, adapter / name)
+    native = fetched / NATIVE if has_native else fetched
+    for outside in factor_file.files_of(native, verification.read_config(native)):
+        _copy(outside, adapter / outside.name)
     if has_native:
         (folder / "lora").mkdir()
         for name in weights:
@@ -195,8 +199,11 @@ def _verify(adapter: Path, base: str | None, say: Progress) -> str:
     raise_all(verification.not_finite(tensors), AdapterError)
     if base is None:
         return "tensors are finite; it names no base"
+    config = verification.read_config(adapter)
+    if getattr(config, "factors", None) == RECOMPUTED:
+        return "tensors are finite; its factors are recomputed, and checked, when it is loaded"
     try:
-        bones = skeleton.build(verification.read_config(adapter), base)
+        bones = skeleton.build(config, base)
     except LeantuneError as error:
         say(f"not compared with its base: {error}")
         return "tensors are finite; its base is not here"

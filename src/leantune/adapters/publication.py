@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from leantune.adapters import card as model_card
-from leantune.adapters import export, record, verification
+from leantune.adapters import export, factor_file, record, verification
 from leantune.adapters import folder as adapter_folder
 from leantune.core.atomic import write_json, write_text
 from leantune.core.errors import AdapterError, describe
@@ -74,6 +74,8 @@ def prepare(
     for name in (verification.CONFIG_NAME, verification.WEIGHTS_NAME, record.RECORD_NAME):
         if (source / name).is_file():
             shutil.copyfile(source / name, native / name)
+    for outside in factor_file.files_of(source, verification.read_config(source)):
+        shutil.copyfile(outside, native / outside.name)
     for place in (folder, native):
         _name_base(place, base)
     summary = _read(source.parent / RUN_RECORD) if source.name == "adapter" else {}

@@ -21,7 +21,14 @@ def command(words: list[str]) -> Any:
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
     out: Annotated[Path, typer.Option(metavar="path", help="Folder to write the export into.")],
-    form: Annotated[str, typer.Option("--format", help="What to write: lora.")] = "lora",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="lora; or its own form: native, and for lora-xs and lora-sb without their frozen factors: lora-xs "
+            "(recomputed from the base), shared-factors (in one file above the folders of a family).",
+        ),
+    ] = "lora",
     prompt: Annotated[list[str] | None, typer.Option(metavar="text", help="Compare on this; repeat for more.")] = None,
     pad_rank: Annotated[bool, typer.Option(help="Pad all ranks to one that common servers take.")] = True,
     rank: Annotated[
@@ -49,8 +56,11 @@ def export(
         overwrite=overwrite,
         progress=say,
     )
-    cost = result["conversion"]
     screen = console()
+    if "conversion" not in result:
+        _print_own_form(screen, result)
+        return
+    cost = result["conversion"]
     print_parity(screen, result["parity"])
     screen.print(f"largest weight error  {cost['max_abs_error']:.3g}")
     native, lora = cost["native_bytes"], cost["lora_bytes"]
@@ -62,6 +72,18 @@ def export(
     if cost["advice"]:
         screen.print(f"advice                {cost['advice']}", markup=False)
     screen.print(f"Written to [bold]{out}[/]", soft_wrap=True)
+
+
+def _print_own_form(screen: Console, result: dict[str, Any]) -> None:
+    sizes = result["bytes"]
+    screen.print(
+        f"bytes                 {sizes['native'] / 1e6:,.3f} MB before, {sizes['written'] / 1e6:,.3f} MB written"
+    )
+    if result["factor_file"]:
+        where = Path(result["folder"]).parent / result["factor_file"]
+        screen.print(f"shared factors        {sizes['shared'] / 1e6:,.3f} MB in {where}", soft_wrap=True)
+    screen.print(f"read back             {result['factor_error']:.2e} off the trained change, at most")
+    screen.print(f"Written to [bold]{result['folder']}[/]", soft_wrap=True)
 
 
 def _print_recompression(screen: Console, left_out: dict[str, Any], parity: dict[str, Any]) -> None:
