@@ -19,7 +19,7 @@ import leantune
 import tiny
 from leantune import methods
 from leantune.testing.closeness import assert_differs, assert_same, assert_same_state
-from leantune.testing.subject import no_grad_logits, own_layers, start, trained
+from leantune.testing.subject import calibration_batches, calibration_loss, no_grad_logits, own_layers, start, trained
 
 # 2026-11-23: TRL 1.16.0 sets transformers' old name of activation checkpointing.
 # 2026-11-25: PEFT says that a second adapter was loaded, which TRL's reference adapter is.
@@ -39,7 +39,10 @@ def config_of(name: str, **more: Any) -> Any:
 def wrapped(name: str, folder: Path, **more: Any) -> Any:
     """A trained adapter on the base, as after an earlier run; the same numbers at each call."""
     torch.manual_seed(7)
-    model = methods.get(name).apply(from_folder(folder), config_of(name, **more))
+    config = config_of(name, **more)
+    model = methods.get(name).apply(from_folder(folder), config)
+    if methods.get(name).needs_batches(config):
+        leantune.initialize(model, calibration_batches(model), loss=calibration_loss)
     start(model)
     return model
 
@@ -47,6 +50,8 @@ def wrapped(name: str, folder: Path, **more: Any) -> Any:
 def build(trainer: str, name: str, given: str, folder: Path, out: Path) -> Any:
     torch.manual_seed(7)
     if given == "peft_config":
+        if methods.get(name).needs_batches(config_of(name)):
+            pytest.skip("its start is computed before a trainer has the model")
         return TRAINERS[trainer](from_folder(folder), out, peft_config=config_of(name))
     return TRAINERS[trainer](wrapped(name, folder), out)
 
@@ -59,6 +64,8 @@ def logged(trainer: Any, what: str) -> list[float]:
 @pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_a_method_trains_and_resumes(trainer: str, name: str, given: str, base_folder: Path, tmp_path: Path) -> None:
+    if given == "wrapped" and trainer != "sft" and "reference_copy" in methods.get(name).gaps:
+        pytest.skip(methods.get(name).gaps["reference_copy"])
     whole = build(trainer, name, given, base_folder, tmp_path / "whole")
     model = whole.model
     before = values(model)
@@ -135,7 +142,7 @@ STARTS = {
 
 
 @pytest.mark.parametrize("way", STARTS)
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if "reference_copy" not in methods.get(name).gaps])
 def test_the_reference_is_a_true_copy_and_stays(name: str, way: str, base_folder: Path, tmp_path: Path) -> None:
     model = STARTS[way](name, base_folder, tmp_path)
     ids = tiny.ids()

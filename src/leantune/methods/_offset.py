@@ -24,6 +24,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from leantune.core import packed_weight
 from leantune.core.errors import MethodError, describe
 from leantune.methods._calibration import Calibration, LinearGradient
 from leantune.methods._initialization import StartingLayer, expects_file, waits
@@ -101,6 +102,9 @@ class OffsetLinear(StartingLayer, LoraLinear):
     """Stock LoRA on a linear layer or ``Conv1D``, whose adapters may start elsewhere than at zero."""
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        if packed_weight.is_packed(base_layer):
+            got = f"init_lora_weights={config.init_lora_weights!r} over packed weights"
+            raise MethodError(describe("LoraConfig", got, "a base in plain numbers", "load it without quantization"))
         transposed = isinstance(base_layer, Conv1D)
         config.fan_in_fan_out = transposed
         super().__init__(base_layer, adapter_name, config=config, is_target_conv_1d_layer=transposed, **kwargs)

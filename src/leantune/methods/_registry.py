@@ -33,6 +33,10 @@ def _no_start(model: nn.Module, adapters: list[str], data: Calibration) -> None:
     raise MethodError(describe(f"adapter '{adapters[0]}'", got, "a method that does", "train it as it is"))
 
 
+def _as_it_is(config: Any) -> Any:
+    return config
+
+
 def _empty_plan(model: nn.Module) -> TrainingPlan:
     del model
     return TrainingPlan()
@@ -65,6 +69,7 @@ class Method:
         apply: ``(model, config) -> model`` made trainable.
         plan: ``(model) -> TrainingPlan``.
         options: options that the method's name sets, below those a user gives; see :meth:`preset`.
+        prepare: ``(config) -> config``: what a config of PEFT's own needs beside its options.
         toy_options: options that make sense on the tiny models of the contract suite.
         gaps: checks of the contract that an implementation of PEFT's own does not pass, and why.
     """
@@ -88,6 +93,7 @@ class Method:
     default_learning_rate: float = 1e-3
     plan: Callable[[nn.Module], TrainingPlan] = _empty_plan
     options: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Any], Any] = _as_it_is
     toy_options: Mapping[str, Any] = field(default_factory=dict)
     gaps: Mapping[str, str] = field(default_factory=dict)
 
@@ -110,7 +116,7 @@ class Method:
         Raises:
             LeantuneError: the config refuses them.
         """
-        return self.config(**{**self.options, **options})
+        return self.prepare(self.config(**{**self.options, **options}))
 
 
 _METHODS: dict[str, Method] = {}

@@ -20,7 +20,6 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from leantune.core import packed_weight
 from leantune.core.errors import MethodError, describe
 from leantune.methods._offset import FROM_DATA, OffsetLinear, start_from_gradients, starts_elsewhere
 from leantune.methods._registry import Method, register
@@ -30,16 +29,19 @@ def _trainable_parameters(config: LoraConfig, out_features: int, in_features: in
     return config.r * (out_features + in_features) + (out_features if config.use_dora else 0)
 
 
+def _prepare(config: LoraConfig) -> LoraConfig:
+    """A start away from zero is kept out of the base by a layer of ours, also where PEFT or TRL is given the config."""
+    if starts_elsewhere(config):
+        kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OffsetLinear, Conv1D: OffsetLinear}
+        config._register_custom_module(kinds)
+    return config
+
+
 def _apply(model: nn.Module, config: LoraConfig) -> nn.Module:
+    start = config.init_lora_weights
     if not starts_elsewhere(config):
         return get_peft_model(model, config)
-    start = config.init_lora_weights
-    if any(map(packed_weight.is_packed, model.modules())):
-        got = f"init_lora_weights={start!r} over packed weights"
-        raise MethodError(describe("LoraConfig", got, "a base in plain numbers", "load it without quantization"))
-    kinds: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: OffsetLinear, Conv1D: OffsetLinear}
-    config._register_custom_module(kinds)
-    wrapped: Any = get_peft_model(model, config)
+    wrapped: Any = get_peft_model(model, _prepare(config))
     others = [name for name, each in wrapped.named_modules() if isinstance(each, LoraLayer)]
     others = [name for name in others if not isinstance(wrapped.get_submodule(name), OffsetLinear)]
     if others:
@@ -60,6 +62,7 @@ LORA = register(
         default_learning_rate=1e-3,
         needs_batches=lambda config: config.init_lora_weights == FROM_DATA,
         start=start_from_gradients,
+        prepare=_prepare,
         toy_options={"r": 4, "lora_alpha": 8},
     )
 )
