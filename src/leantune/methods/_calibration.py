@@ -108,13 +108,17 @@ class LinearGradient:
 
         def listener(grad: Tensor, x: Tensor) -> None:
             rows = grad.reshape(-1, grad.shape[-1]).to(total.dtype)
-            total.addmm_(rows.t(), x.reshape(-1, x.shape[-1]).to(total.dtype))
+            self.add(total, rows, x.reshape(-1, x.shape[-1]).to(total.dtype))
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             del module
             return Watch.apply(output, root, listener, args[0].detach())
 
         return self.module.register_forward_hook(hook)
+
+    def add(self, total: Tensor, grad: Tensor, x: Tensor) -> None:
+        """Add one backward's share, from ``grad (n, out)`` and ``x (n, in)``."""
+        total.addmm_(grad.t(), x)
 
 
 class Calibration:

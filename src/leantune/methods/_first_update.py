@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as distributed
 from torch import Tensor, nn
 
 from leantune.core.errors import MethodError, describe
+from leantune.core.linalg import subspace_overlap
 from leantune.methods import _low_rank_start as starting
 from leantune.methods import _rank_budget as budgeting
 from leantune.methods._base import linear_features
-from leantune.methods._calibration import Calibration, LinearGradient
+from leantune.methods._calibration import Calibration, GradientSource, LinearGradient
 from leantune.methods._first_step import first_step
+from leantune.methods._selection import seeded
+from leantune.methods._sketch import LinearSketch, RandomMatrices
 
 Starts = Iterator[tuple[str, starting.Start]]
 
@@ -51,7 +55,7 @@ def estimate(config: Any, bases: Mapping[str, nn.Module], data: Calibration) -> 
     # All layers' spectra are known before the first rank is; their factors wait where there is room.
     found = {path: start.to("cpu") for path, start in _starts(config, bases, shapes, widest, data)}
     spectra = {path: start.S for path, start in found.items()}
-    ranks = budgeting.allot(spectra, budgeting.budget_of(shapes, config.rank_budget))
+    ranks = budgeting.allot(spectra, budgeting.uniform_ranks(shapes, config.rank_budget))
     return ranks, _told(((path, start.cut(ranks[path])) for path, start in found.items()), data)
 
 
@@ -62,12 +66,58 @@ def _starts(
     ranks: Mapping[str, int],
     data: Calibration,
 ) -> Starts:
+    if config.sketch is not None:
+        yield from _sketched_starts(config, bases, shapes, ranks, data)
+        return
     sources = {path: LinearGradient(base, shapes[path]) for path, base in bases.items()}
     for path, gradient in data.weight_gradients(sources):
         start = _start(config, path, gradient, ranks[path], data)
         # Let go of, before the next one comes.
         del gradient
         yield path, _shared(start)
+
+
+def _sketched_starts(
+    config: Any,
+    bases: Mapping[str, nn.Module],
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    data: Calibration,
+) -> Starts:
+    matrices = RandomMatrices(config.seed, torch.empty(0, dtype=data.dtype, device=data.device))
+    sketches = {path: LinearSketch(base, shapes[path], config.sketch, matrices) for path, base in bases.items()}
+    draw = seeded("sampled layer", config.seed)
+    sampled = sorted(bases)[int(torch.randint(len(bases), (), generator=draw))]
+    # The one exact gradient comes first, and is compared when its sketch has come.
+    wanted: dict[tuple[str, str], GradientSource] = {
+        ("exact", sampled): LinearGradient(bases[sampled], shapes[sampled])
+    }
+    wanted |= {("sketch", path): sketches[path] for path in sketches}
+    exact: Tensor | None = None
+    for (kind, path), total in data.weight_gradients(wanted):
+        if kind == "exact":
+            exact = total
+            continue
+        gradient = sketches[path].reconstruct(total)
+        del total
+        if path == sampled and exact is not None:
+            data.told.update(_agreement(config, path, exact, gradient, ranks[path], data))
+            exact = None
+        yield path, _shared(_start(config, path, gradient, ranks[path], data))
+
+
+def _agreement(config: Any, path: str, exact: Tensor, sketched: Tensor, rank: int, data: Calibration) -> dict[str, Any]:
+    """How far the subspaces of gradient and step, out of the sketch, are the exact ones: 1 is the same."""
+
+    def overlap(make: Callable[[Tensor], starting.Start]) -> float:
+        one, two = make(exact.clone()), make(sketched.clone())
+        return (subspace_overlap(one.U, two.U) + subspace_overlap(one.Vh.t(), two.Vh.t())) / 2
+
+    return {
+        "overlap": overlap(lambda gradient: _start(config, path, gradient, rank, data)),
+        "gradient_overlap": overlap(lambda gradient: starting.decompose(gradient, rank, config.seed, path)),
+        "overlap_module": path,
+    }
 
 
 def _start(config: Any, path: str, gradient: Tensor, rank: int, data: Calibration) -> starting.Start:

@@ -24,19 +24,24 @@ def uniform_ranks(shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str,
     return {path: min(rank, *shape) for path, shape in shapes.items()}
 
 
-def budget_of(shapes: Mapping[str, tuple[int, int]], rank: int) -> int:
-    """Parameters that train at a uniform rank."""
-    return sum(each**2 for each in uniform_ranks(shapes, rank).values())
-
-
-def allot(spectra: Mapping[str, Tensor], budget: int) -> dict[str, int]:
-    """Ranks that capture the most energy with at most ``budget`` parameters; each layer gets at least rank 1.
+def allot(spectra: Mapping[str, Tensor], uniform: Mapping[str, int]) -> dict[str, int]:
+    """Ranks that capture the most energy with no more parameters than ``uniform`` trains; at least 1 in each layer.
 
     Args:
         spectra: path -> singular values, falling; a layer's rank is at most their number.
-        budget: of trained parameters, over all layers.
+        uniform: path -> rank, which sets the budget. It is the answer where what is left of the budget in the end
+            would have the ranks found capture less.
     """
     energies = {path: values.double().square().tolist() for path, values in spectra.items()}
+    found = _greedy(energies, sum(rank**2 for rank in uniform.values()))
+
+    def captured(ranks: Mapping[str, int]) -> float:
+        return sum(sum(energies[path][:rank]) for path, rank in ranks.items())
+
+    return found if captured(found) >= captured(uniform) else dict(uniform)
+
+
+def _greedy(energies: Mapping[str, list[float]], budget: int) -> dict[str, int]:
     ranks = dict.fromkeys(energies, 1)
     left = budget - len(ranks)
     # Largest gain first; of equals the first path, so that every process decides alike.

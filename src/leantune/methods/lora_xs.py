@@ -137,8 +137,9 @@ class LoraXSConfig(AdapterConfig):
         if self.noise and self.start != "update_svd":
             got = f"{self.noise:g} with init_weights={self.init_weights!r}"
             problems.append(describe("LoraXSConfig.noise", got, "init_weights='update_svd'", "leave one out"))
-        if self.sketch is not None and (self.sketch < 1 or (self.r != "auto" and self.sketch < self.r)):
-            wanted = "a width of at least r"
+        widest = budgeting.WIDEST * self.rank_budget if self.r == "auto" else self.r
+        if self.sketch is not None and isinstance(widest, int) and self.sketch < widest:
+            wanted = f"a width of at least {widest}, the largest rank"
             problems.append(describe("LoraXSConfig.sketch", repr(self.sketch), wanted, "try four times r"))
         raise_all(problems, ConfigError)
 
@@ -262,7 +263,7 @@ class LoraXSModel(AdapterModel):
         if config.start == "weight_svd" and not config.inference_mode:
             widest = budgeting.uniform_ranks(shapes, budgeting.WIDEST * config.rank_budget)
             spectra = {path: self._spectrum(layers[path], widest[path], config.seed, path) for path in shapes}
-            ranks = budgeting.allot(spectra, budgeting.budget_of(shapes, config.rank_budget))
+            ranks = budgeting.allot(spectra, ranks)
             config.ranks = ranks
         return ranks
 
@@ -319,6 +320,7 @@ register(
         formula="W + B R A, B and A frozen at the SVD of the first step on W",
         paper="LoRA-SB, arXiv 2411.19557",
         identity_at_init=False,
+        calibration_share=0.001,
         default_learning_rate=1e-3,
     )
 )
