@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from leantune.methods._calibration import Calibration
 
 
+METHOD_CONFIG = "leantune_config"
+"""Where a model whose own weights train keeps the config of its method, which its plan reads."""
+
+
 def _never(config: Any) -> bool:
     del config
     return False

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from leantune.core.errors import ConfigError, MethodError, TargetError, describe, raise_all
 from leantune.methods._plan import TrainingPlan
 from leantune.methods._projection import ProjectedAdamW, ProjectionType
-from leantune.methods._registry import Method, register
+from leantune.methods._registry import METHOD_CONFIG, Method, register
 
 
 @dataclass
@@ -77,7 +77,7 @@ def _is_head(name: str) -> bool:
 
 
 def _plan(model: nn.Module) -> TrainingPlan:
-    config: Any = model.leantune_config
+    config: GaLoreConfig = getattr(model, METHOD_CONFIG)
 
     def groups(model: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
         del rate
@@ -110,7 +110,7 @@ def _trainable_parameters(config: GaLoreConfig, out_features: int, in_features: 
 def _apply(model: nn.Module, config: GaLoreConfig) -> nn.Module:
     model.requires_grad_(True)
     projected(model, config)
-    model.leantune_config = config  # type: ignore[assignment]
+    setattr(model, METHOD_CONFIG, config)
     return model
 
 

@@ -26,7 +26,7 @@ from typing_extensions import override
 
 from leantune.core.errors import ConfigError, MethodError, describe, raise_all
 from leantune.methods._plan import TrainingPlan
-from leantune.methods._registry import Method, register
+from leantune.methods._registry import METHOD_CONFIG, Method, register
 
 
 @dataclass
@@ -75,6 +75,16 @@ class BlockSampler(TrainerCallback):
         self.blocks = blocks_of(model)
         self.drawn: frozenset[int] | None = None
 
+    def groups(self, model: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
+        """What ever trains, whether it does now or not; norms and biases are not decayed."""
+        del rate
+        inside = {id(each) for block in self.blocks for each in block.parameters()}
+        parameters = [each for each in model.parameters() if self.config.embeddings or id(each) in inside]
+        matrices = [each for each in parameters if each.dim() > 1]
+        vectors = [each for each in parameters if each.dim() <= 1]
+        found = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in found if group["params"]]
+
     def choice(self, step: int) -> frozenset[int]:
         """The blocks that train in the optimizer step that follows ``step`` others."""
         # A stream for each period, so that none need be read up to where a run goes on.
@@ -108,21 +118,25 @@ class BlockSampler(TrainerCallback):
             raise MethodError(describe("method lisa", got, "one process", "train in one, or choose an adapter method"))
 
     @override
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Refuse an optimizer made of the first draw alone: it would never step another block."""
+        optimizer = keywords.get("optimizer")
+        held = {id(each) for group in getattr(optimizer, "param_groups", []) for each in group["params"]}
+        missing = [each for group in self.groups(self.model, 0.0, 0.0) for each in group["params"]]
+        missing = [each for each in missing if id(each) not in held]
+        if optimizer is not None and missing:
+            got = f"an optimizer without {len(missing)} of the parameters that are to train"
+            do = "train by leantune, or make it from the parameter groups of the method's plan"
+            raise MethodError(describe("method lisa", got, "one with all of them", do))
+
+    @override
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
         """Draw when a period begins, and after a resume."""
         self.draw(state.global_step, keywords.get("optimizer"))
-
-
-def _groups(model: nn.Module, rate: float, decay: float) -> list[dict[str, Any]]:
-    """All parameters, those that stand still too; norms and biases are not decayed."""
-    del rate
-    parameters = list(model.parameters())
-    matrices = [each for each in parameters if each.dim() > 1]
-    vectors = [each for each in parameters if each.dim() <= 1]
-    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _trainable_parameters(config: LISAConfig, out_features: int, in_features: int) -> int:
@@ -136,14 +150,14 @@ def _apply(model: nn.Module, config: LISAConfig) -> nn.Module:
         raise MethodError(
             describe("method lisa", "a model without blocks", "a list of blocks", "choose another method")
         )
-    model.leantune_config = config  # type: ignore[assignment]
+    setattr(model, METHOD_CONFIG, config)
     BlockSampler(model, config).draw(0)
     return model
 
 
 def _plan(model: nn.Module) -> TrainingPlan:
-    config: Any = model.leantune_config
-    return TrainingPlan(callbacks=[BlockSampler(model, config)], parameter_groups=_groups)
+    sampler = BlockSampler(model, getattr(model, METHOD_CONFIG))
+    return TrainingPlan(callbacks=[sampler], parameter_groups=sampler.groups)
 
 
 register(

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -112,14 +113,13 @@ def sealed(folder: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) and isinstance(facts.get("files"), dict) else {}
 
 
-def trained_hash(model: torch.nn.Module, optimizer: Any = None) -> str:
+def trained_hash(model: torch.nn.Module, groups: Iterable[dict[str, Any]] = ()) -> str:
     """SHA-256 over name, type, shape and bytes of every trained parameter.
 
     Args:
         model: its parameters that have requires_grad.
-        optimizer: beside them those it holds: a method may train some of them now and others later.
+        groups: parameter groups of the optimizer, which count too: a method may train some of them now, others later.
     """
-    groups = optimizer.param_groups if optimizer is not None else []
     held = {id(parameter) for group in groups for parameter in group["params"]}
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0]):

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from leantune.data import MaskedTokens
 from leantune.methods import TrainingPlan, of_config
+from leantune.methods._registry import METHOD_CONFIG
 
 
 class _AfterOptimizerStep(TrainerCallback):
@@ -46,10 +47,11 @@ class MaskingEpoch(TrainerCallback):
 
 
 def plan_of(model: nn.Module) -> TrainingPlan:
-    """The training plan of the method of a model's active adapter; an empty one for a model without adapter."""
+    """The training plan of the method of a model's active adapter, or of the method that trains the model itself."""
     configs = getattr(model, "peft_config", None)
     if not configs:
-        return TrainingPlan()
+        own = getattr(model, METHOD_CONFIG, None)
+        return TrainingPlan() if own is None else of_config(own).plan(model)
     adapter = getattr(model, "active_adapter", None)
     config = configs[adapter] if isinstance(adapter, str) and adapter in configs else next(iter(configs.values()))
     return of_config(config).plan(model)

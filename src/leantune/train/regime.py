@@ -81,6 +81,26 @@ def check_plan(config: RunConfig, plan: TrainingPlan) -> None:
     raise_all(problems, MethodError)
 
 
+def check_prompt(config: RunConfig, model: Any) -> None:
+    """Refuse what a trained prompt, which stands in the cache of keys and values, does not go with.
+
+    Raises:
+        MethodError: layers are to be checkpointed, or rows packed.
+    """
+    if not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return
+    reasons = {
+        "gradient_checkpointing": "a checkpointed layer takes no cache, which is where the prompt stands",
+        "packing": "the prompt stands before a sequence once, and not before each row in it",
+    }
+    problems = [
+        describe(f"{name} with {config.method}", why, "the other way", f"drop {name}")
+        for name, why in reasons.items()
+        if getattr(config, name)
+    ]
+    raise_all(problems, MethodError)
+
+
 def make_optimizer(trainer: Trainer, model: nn.Module, groups: list[dict[str, Any]]) -> Optimizer:
     """The optimizer that the trainer's arguments name.
 

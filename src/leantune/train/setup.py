@@ -36,7 +36,7 @@ from leantune.train.head import settle_head
 from leantune.train.isolation import packing_form
 from leantune.train.listener import MaskingEpoch
 from leantune.train.option import user_options
-from leantune.train.regime import check_plan
+from leantune.train.regime import check_plan, check_prompt
 from leantune.train.rows import Rows, read_data
 from leantune.train.tracker import RunArguments, check_trackers, place_logs
 from leantune.train.trainer import LeanTrainer
@@ -197,6 +197,7 @@ def apply_method(config: RunConfig, base: BaseModel) -> Any:
         text = " ".join(str(error).split())
         do = f"see leantune methods {method.name} and leantune inspect model {base.name}"
         raise MethodError(describe(f"method {method.name}", text, "options that fit the model", do)) from error
+    check_prompt(config, model)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     return model

@@ -72,6 +72,9 @@ class LeanTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         # The loss below is already divided by the number of items of the whole step.
         self.loss_is_scaled_for_ga = True
+        self._newest: tuple[list[Any], Any] = ([], None)
+        if self.plan.take_step_loss is not None:
+            self.plan.take_step_loss(self._loss_of_newest_step)
 
     def train(self, *arguments: Any, **keywords: Any) -> Any:
         """``Trainer.train``, timed; a bad row that turns up on the way leaves a checkpoint of the steps before it."""
@@ -167,7 +170,24 @@ class LeanTrainer(Trainer):
         for batch in batches:
             seen.add(batch)
         self.meter.join(distributed.sums(seen.counts, self.args.device))
+        if self.plan.take_step_loss is not None:
+            self._newest = batches, items
         return batches, items
+
+    def _loss_of_newest_step(self) -> float:
+        """The loss of the newest step's batches by the model as it stands now; it draws no random number."""
+        batches, items = self._newest
+        model = self.model_wrapped
+        was_training = model.training
+        model.eval()
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager(), torch.random.fork_rng(devices=[]):
+                losses = [
+                    self.compute_loss(model, self._prepare_inputs(batch), num_items_in_batch=items) for batch in batches
+                ]
+        finally:
+            model.train(was_training)
+        return float(sum(loss.item() for loss in losses))
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As the Trainer's, or as the plan clips; the norm before it."""
@@ -333,8 +353,16 @@ class LeanTrainer(Trainer):
         meter = {**self.meter.state(), "device": self.args.device.type, "processes": self.args.world_size}
         facts = {"step": self.state.global_step, "meter": meter}
         if not self._is_sharded:
-            facts["trained"] = checkpoint.trained_hash(cast(nn.Module, self.model), self.optimizer)
+            model = cast(nn.Module, self.model)
+            facts["trained"] = checkpoint.trained_hash(model, self._held(model))
         return facts | ({"run": self.record} if self.record else {})
+
+    def _held(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The parameter groups of the optimizer; before there is one, those that the plan will give it."""
+        if self.optimizer is not None:
+            return cast(list[dict[str, Any]], self.optimizer.param_groups)
+        groups = self.plan.parameter_groups
+        return [] if groups is None else groups(model, self.args.learning_rate, self.args.weight_decay)
 
     @property
     def _is_sharded(self) -> bool:
@@ -351,12 +379,13 @@ class LeanTrainer(Trainer):
         path = Path(resume_from_checkpoint)
         target = model if model is not None else cast(nn.Module, self.model)
         inner = self.accelerator.unwrap_model(target, keep_torch_compile=False)
-        if isinstance(inner, PeftModel) and not self._is_sharded and (path / WEIGHTS_NAME).is_file():
-            restore(inner, path, adapter_name=inner.active_adapters[0])
-        else:
+        places = _adapter_places(inner, path) if isinstance(inner, PeftModel) and not self._is_sharded else {}
+        for name, place in places.items():
+            restore(inner, place, adapter_name=name)
+        if not places:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         wanted = checkpoint.sealed(path).get("trained") if not self._is_sharded else None
-        if wanted and checkpoint.trained_hash(target) != wanted:
+        if wanted and checkpoint.trained_hash(target, self._held(target)) != wanted:
             got = "the parameters it gives are not those that were saved"
             raise RunError(
                 describe(str(path), got, "the same bits", "go on from the checkpoint before: remove this one")
@@ -400,3 +429,9 @@ class LeanTrainer(Trainer):
         state = json.loads(path.read_text(encoding="utf-8"))
         state["best_model_checkpoint"] = str(target)
         path.write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+def _adapter_places(model: PeftModel, folder: Path) -> dict[str, Path]:
+    """Where PEFT puts the adapters of a model: one of several into a folder of its name."""
+    places = {name: folder if name == "default" else folder / name for name in model.peft_config}
+    return {name: place for name, place in places.items() if (place / WEIGHTS_NAME).is_file()}
