@@ -29,6 +29,7 @@ class Option:
     help: str
     annotation: Any = dataclasses.field(repr=False, default=str)
     is_repeated: bool = False
+    synonym: str | None = None
 
     @property
     def flag(self) -> str:
@@ -75,6 +76,7 @@ def run_options(config: type, *, without: Iterable[str] = ()) -> list[Option]:
             field.description or "",
             field.annotation,
             is_repeated=bool((field.json_schema_extra or {}).get("is_repeated")),
+            synonym=(field.json_schema_extra or {}).get("synonym"),
         )
         for name, field in config.model_fields.items()  # type: ignore[attr-defined]
         if name not in skipped
@@ -124,6 +126,8 @@ def with_options(function: Callable[..., Any], options: Iterable[tuple[Option, s
             continue
         taken.add(option.name)
         names = (f"{option.flag}/--no-{option.flag[2:]}",) if option.is_switch else (option.flag,)
+        if option.synonym is not None:
+            names += ("--" + option.synonym.replace("_", "-"),)
         default = "" if option.default is None or option.default is False else f" [default: {option.default}]"
         added.append(
             inspect.Parameter(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from leantune.methods import Method
 
 _NOTHING = {"", "null", "none", "~"}
+# What users of other tools type: here -> the name of the field.
+_SYNONYMS = {"eval_set": "eval_data"}
 
 
 class RunConfig(BaseModel):
@@ -44,7 +46,11 @@ class RunConfig(BaseModel):
     method_options: dict[str, Any] = Field(
         default_factory=dict, description="Options of the method; `leantune methods NAME` lists them"
     )
-    eval_data: Path | None = Field(None, description="Rows to measure the loss on; none means no evaluation")
+    eval_data: Path | None = Field(
+        None,
+        description="Rows to measure the loss on; none means no evaluation (also: eval_set, XGBoost's word)",
+        json_schema_extra={"synonym": "eval_set"},
+    )
     task: Literal["causal-lm", "classification", "regression", "masked-lm", "image-classification"] = Field(
         "causal-lm",
         description="What to train: the language model itself (causal or masked), or a head on top of it. On the "
@@ -173,7 +179,7 @@ class RunConfig(BaseModel):
             raise ValueError(str(error)) from error
 
     def __init__(self, **values: Any) -> None:
-        values = first_file(values)
+        values = {_SYNONYMS.get(name, name): value for name, value in first_file(values).items()}
         problems: list[str] = []
         try:
             super().__init__(**values)
@@ -271,7 +277,7 @@ def apply_overrides(values: dict[str, Any], overrides: Iterable[str]) -> dict[st
     for override in overrides:
         key, equals, text = override.partition("=")
         if equals:
-            settings.append((key.strip(), text.strip()))
+            settings.append((_SYNONYMS.get(key.strip(), key.strip()), text.strip()))
         else:
             problems.append(describe(f"setting '{override}'", "no '='", "key=value", f"write {override}=VALUE"))
     fields = RunConfig.model_fields
