@@ -98,6 +98,22 @@ OWN: Mapping[str, Own] = {
         # The base stands reordered in memory until unload; this test reads its weights before.
         contradicted=(("permute", "test_get_base_model_state_dict"),),
     ),
+    "lora-xs": Own(
+        # The last layer of the toy models has two outputs, and a rank it does not have is warned of.
+        options={"r": 2},
+        second={"seed": 1},
+        cases=(
+            Case("MLP, orthonormal", "MLP", {"target_modules": ["lin0", "lin1"], "split": "core"}),
+            Case("MLP, scaled", "MLP", {"target_modules": ["lin0"], "alpha": 4.0, "dropout": 0.1}),
+            Case("MLP, preconditioned", "MLP", {"target_modules": ["lin0", "lin1"], "precondition": True}),
+            Case("MLP, ranks", "MLP", {"target_modules": ["lin0", "lin1"], "r": "auto", "rank_budget": 2}),
+            Case("Conv1D, mirrored", "EmbConv1D", {"target_modules": ["conv1d"], "split": "right"}),
+        ),
+        language_model=(
+            {"target_modules": None, "r": 8},
+            {"target_modules": None, "r": "auto", "rank_budget": 4, "split": "core"},
+        ),
+    ),
 }
 
 

@@ -176,10 +176,10 @@ def methods_to_test() -> list[str]:
     from leantune import methods
 
     by_config: dict[type, str] = {}
-    for name in methods.names():
-        method = methods.get(name)
+    # A preset comes after the method whose config it shares.
+    for method in sorted(map(methods.get, methods.names()), key=lambda each: len(each.options)):
         if method.is_adapter and not method.config.__module__.startswith("peft."):
-            by_config.setdefault(method.config, name)
+            by_config.setdefault(method.config, method.name)
     return list(by_config.values())
 
 

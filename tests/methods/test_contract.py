@@ -36,6 +36,12 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "gradient": {"selection": "gradient", "target_modules": "all-linear"},
     },
     "lora": {"all-linear": {"target_modules": "all-linear", "use_rslora": True}},
+    "lora-xs": {
+        "ranks": {"r": "auto", "rank_budget": 3, "split": "core", "alpha": 6.0, "target_modules": "all-linear"},
+    },
+    "lora-sb": {
+        "sketched": {"r": "auto", "rank_budget": 2, "sketch": 5, "split": "left", "target_modules": "all-linear"},
+    },
     "multi-lora": {
         "orthonormal": {"shared_init": "orthonormal", "target_modules": "all-linear", "use_rslora": True},
         "activation": {"shared_init": "activation_pca", "r": 3},
