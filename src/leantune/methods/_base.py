@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from leantune.core import packed_weight
-from leantune.core.errors import TargetError, describe, did_you_mean
+from leantune.core.errors import AdapterError, TargetError, describe, did_you_mean
 from leantune.methods._config import AdapterConfig as AdapterConfig
 from leantune.methods._initialization import StartingLayer, StartingModel
+from leantune.methods._region import read_region, write_region
+from leantune.methods._registry import of_config
 from leantune.methods.structure import default_targets
 
 BASE_ROW = "__base__"
@@ -44,7 +46,7 @@ class AdapterLayer(StartingLayer, nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
         )
-        self.in_features, self.out_features = linear_features(self.get_base_layer())
+        self.in_features, self.out_features = self.features()
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -83,6 +85,10 @@ class AdapterLayer(StartingLayer, nn.Module, BaseTunerLayer):
         """The whole layer by one kernel of the method's own; None where that kernel does not apply."""
         del adapter, x
         return None
+
+    def features(self) -> tuple[int, int]:
+        """``(in_features, out_features)`` of the base."""
+        return linear_features(self.get_base_layer())
 
     def has(self, adapter: str) -> bool:
         """Whether this layer carries that adapter."""
@@ -342,6 +348,15 @@ class AdapterModel(StartingModel):
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
+    def _check_merge_allowed(self) -> None:
+        """Also refuse, before any weight is written, what its method says is no change of weights."""
+        super()._check_merge_allowed()
+        for name, config in self.peft_config.items():
+            method = of_config(config)
+            if not method.mergeable:
+                do = "keep the adapter beside the base"
+                raise AdapterError(describe(f"adapter '{name}'", method.cannot_merge, "a change of weights", do))
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """As PEFT's: ``autocast_adapter_dtype=False`` is a wish for the base's dtype, which ours otherwise exceeds."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -449,23 +464,6 @@ class AdapterModel(StartingModel):
 
     def _layers(self) -> list[AdapterLayer]:
         return [module for module in self.modules() if isinstance(module, AdapterLayer)]
-
-
-def read_region(weight: Tensor, dim: int | None, index: Tensor | None) -> Tensor:
-    """A copy of the part of a weight that :meth:`AdapterLayer.delta_region` names."""
-    if index is None:
-        return weight.clone()
-    index = index.to(weight.device)
-    # Flat positions are those of (out, in), whatever the strides.
-    return weight.take(index.long()) if dim is None else weight.index_select(dim, index)
-
-
-def write_region(weight: Tensor, dim: int | None, index: Tensor | None, values: Tensor) -> Tensor:
-    """Write that part in place; the weight itself."""
-    if index is None:
-        return weight.copy_(values)
-    index = index.to(weight.device)
-    return weight.put_(index.long(), values) if dim is None else weight.index_copy_(dim, index, values)
 
 
 def linear_features(module: nn.Module) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from leantune.methods._base import read_region, write_region
+from leantune.methods._region import read_region, write_region
 from leantune.testing import model as tiny
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import (

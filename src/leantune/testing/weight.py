@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leantune.methods import TrainingPlan
-from leantune.methods._base import read_region, write_region
 from leantune.methods._initialization import initialize
+from leantune.methods._region import read_region, write_region
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import (
     STEP_SIZE,
