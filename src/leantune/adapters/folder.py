@@ -225,8 +225,8 @@ def attach(
         config.permute = False  # type: ignore[attr-defined]
     undo = _Undo(model, adapter_name)
     try:
-        wrapped = undo.wrapped = _wrap(model, config, adapter_name, path)
         with start_from_file():
+            wrapped = undo.wrapped = _wrap(model, config, adapter_name, path)
             expected = get_peft_model_state_dict(wrapped, adapter_name=adapter_name, save_embedding_layers=False)
         expected = in_file(wrapped, config, adapter_name, expected, tensors)
         found += verification.key_problems(expected, tensors, wrapped, adapter_name, path)
