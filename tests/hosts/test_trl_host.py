@@ -19,7 +19,15 @@ import leantune
 import tiny
 from leantune import methods
 from leantune.testing.closeness import assert_differs, assert_same, assert_same_state
-from leantune.testing.subject import calibration_batches, calibration_loss, no_grad_logits, own_layers, start, trained
+from leantune.testing.subject import (
+    STEP_SIZE,
+    calibration_batches,
+    calibration_loss,
+    no_grad_logits,
+    own_layers,
+    start,
+    trained,
+)
 
 # 2026-11-23: TRL 1.16.0 sets transformers' old name of activation checkpointing.
 # 2026-11-25: PEFT says that a second adapter was loaded, which TRL's reference adapter is.
@@ -39,10 +47,15 @@ def config_of(name: str, **more: Any) -> Any:
 def wrapped(name: str, folder: Path, **more: Any) -> Any:
     """A trained adapter on the base, as after an earlier run; the same numbers at each call."""
     torch.manual_seed(7)
+    return on(from_folder(folder), name, **more)
+
+
+def on(base: Any, name: str, **more: Any) -> Any:
+    """A trained adapter on that base."""
     config = config_of(name, **more)
-    model = methods.get(name).apply(from_folder(folder), config)
+    model = methods.get(name).apply(base, config)
     if methods.get(name).needs_batches(config):
-        leantune.initialize(model, calibration_batches(model), loss=calibration_loss)
+        leantune.initialize(model, calibration_batches(model), step_size=STEP_SIZE, loss=calibration_loss)
     start(model)
     return model
 
@@ -220,8 +233,7 @@ def test_sft_of_a_saved_adapter_opens_with_stock_peft(base_folder: Path, tmp_pat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_thousand_merges_leave_the_base_as_it_was(name: str, dtype: torch.dtype) -> None:
-    model = methods.get(name).apply(tiny.model("llama", dtype), config_of(name))
-    start(model)
+    model = on(tiny.model("llama", dtype), name)
     if not own_layers(model):
         pytest.skip(f"{name} is stock PEFT's, which undoes a merge by subtracting: in {dtype} that is not exact")
     before, tuned = frozen(model), no_grad_logits(model, tiny.ids())
