@@ -241,13 +241,15 @@ def _original(source: Path, packed: BaseModel, base: BaseModel | str | None) -> 
 
 def _run_prompts(source: Path, encoder: Any, count: int = 8) -> list[Any] | None:
     """The first prompts (or images) of the data the run was evaluated or trained on, where it can still be read."""
-    settings = source.parent / "config.yaml"
+    run = adapter_folder.run_of(source)
+    settings = (run or source.parent) / "config.yaml"
     if not settings.is_file():
         return None
     try:
         import yaml
 
         config = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        config |= (config.get("tasks") or {}).get(source.name, {})
         from leantune.data import prompt_text, read_rows
         from leantune.data.image import pixels
 
@@ -267,8 +269,9 @@ def _run_prompts(source: Path, encoder: Any, count: int = 8) -> list[Any] | None
 
 def _note(source: Path, entry: dict[str, Any]) -> None:
     """Append to ``exports`` of the run's run.json; an adapter folder without a run has none."""
-    path = source.parent / "run.json"
-    if source.name != "adapter" or not path.is_file():
+    run = adapter_folder.run_of(source)
+    path = run / "run.json" if run is not None else None
+    if path is None or not path.is_file():
         return
     summary = json.loads(path.read_text(encoding="utf-8"))
     now = datetime.now(UTC).isoformat(timespec="seconds")

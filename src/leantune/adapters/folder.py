@@ -31,6 +31,9 @@ from leantune.methods._initialization import start_from_file
 if TYPE_CHECKING:
     from leantune.models import BaseModel
 
+TASKS_NAME = "tasks.json"
+"""In the folder of a run's adapters: which tasks there are."""
+
 
 def save(
     model: PeftModel,
@@ -338,6 +341,10 @@ def resolve(folder: str | Path) -> Path:
         recover(candidate)
         if (candidate / verification.CONFIG_NAME).is_file():
             return candidate
+    tasks = tasks_of(path)
+    if tasks:
+        got = f"holds the adapters of {len(tasks)} tasks ({', '.join(tasks)})"
+        raise AdapterError(describe(str(path), got, "one of them", "name it: --adapter TASK, or give its own folder"))
     if path.is_dir():
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:12]) or "nothing"
         wanted = f"an adapter ({verification.CONFIG_NAME})"
@@ -345,6 +352,35 @@ def resolve(folder: str | Path) -> Path:
     if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return _download(str(folder))
     raise AdapterError(describe(str(path), "not a folder", "an adapter or run folder, or a Hub id", "check the path"))
+
+
+def tasks_of(run: Path) -> dict[str, Path]:
+    """The adapter folders of a run with several tasks, by task; empty for any other folder."""
+    root = next((each for each in (run / "adapter", run) if (each / TASKS_NAME).is_file()), None)
+    if root is None:
+        return {}
+    return {path.name: path for path in sorted(root.iterdir()) if (path / verification.CONFIG_NAME).is_file()}
+
+
+def of_task(run: str | Path, task: str | None) -> str | Path:
+    """The adapter folder of one of a run's tasks; what was given when no task is named.
+
+    Raises:
+        AdapterError: the run has no such task.
+    """
+    if task is None:
+        return run
+    found = tasks_of(Path(run))
+    if task not in found:
+        near = did_you_mean(task, found) if found else "a run with several tasks"
+        raise AdapterError(describe(str(run), f"no adapter of a task '{task}'", near, "choose one, or leave it out"))
+    return found[task]
+
+
+def run_of(adapter: Path) -> Path | None:
+    """The run folder that an adapter folder (or one task of it) belongs to, by its place; None without one."""
+    above = next((each for each in (adapter, adapter.parent) if each.name == "adapter"), None)
+    return above.parent if above is not None else None
 
 
 def _download(hub_id: str) -> Path:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from leantune.cli.command import console, one_command, printable, say
+from leantune.cli.command import TaskOfRun, console, one_command, printable, say
 from leantune.cli.conversation import Conversation, Settings
 from leantune.cli.terminal import enable_editing, is_interactive, read_entry
 from leantune.core.errors import ConfigError, LeantuneError, describe, did_you_mean
@@ -43,6 +43,7 @@ def command(words: list[str]) -> Any:
 
 def chat(
     model: Annotated[str, typer.Argument(help="A run folder, an adapter folder, or a model without a run.")],
+    adapter: TaskOfRun = None,
     mode: Annotated[
         str, typer.Option(metavar="auto|chat|plain", help="chat: through the chat template; plain: continue each text.")
     ] = "auto",
@@ -61,7 +62,7 @@ def chat(
     settings = Settings(max_new_tokens, temperature, top_p, seed)
     if mode not in ("auto", "chat", "plain"):
         raise ConfigError(describe("--mode", repr(mode), "auto, chat or plain", "choose one"))
-    voices = _open(model)
+    voices = _open(model, adapter)
     conversation = _conversation(voices, mode)
     session = Session(voices, conversation, settings, both=both, interactive=is_interactive())
     if system:
@@ -106,11 +107,11 @@ class Voices:
         return self.base
 
 
-def _open(name: str) -> Voices:
-    """A run, an adapter folder, or a model by itself."""
+def _open(name: str, task: str | None) -> Voices:
+    """A run (or one of its tasks), an adapter folder, or a model by itself."""
     folder = Path(name)
     if (folder / "config.yaml").is_file() or (folder / "run.json").is_file():
-        return _open_run(folder)
+        return _open_run(folder, task)
     say(f"loading {name}")
     if (folder / "adapter_config.json").is_file():
         from leantune.adapters import load
@@ -125,12 +126,12 @@ def _open(name: str) -> Voices:
     return Voices(name, opened.model, opened.tokenizer)
 
 
-def _open_run(folder: Path) -> Voices:
+def _open_run(folder: Path, task: str | None) -> Voices:
     from leantune.cli.comparison import base_of
     from leantune.train import Run
     from leantune.train.folder import template_of
 
-    run = Run.open(folder)
+    run = Run.open(folder, task)
     if run.config.task != "causal-lm":
         got, do = f"trained for {run.config.task}", f"leantune eval {folder} --data FILE scores it"
         raise ConfigError(describe(str(folder), got, "a language model", do))
@@ -142,7 +143,7 @@ def _open_run(folder: Path) -> Voices:
         run.tokenizer,
         lambda: base_of(run),
         _trained_on_messages(run.summary),
-        template_of(folder),
+        template_of(folder, run.result),
     )
 
 

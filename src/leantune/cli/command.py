@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 from typer.core import TyperCommand
 
+TaskOfRun = Annotated[
+    str | None, typer.Option("--adapter", metavar="task", help="Of a run with several tasks: which one.")
+]
 _NAMES_WIDTH = 26
 _HELP_WIDTH = 100
 

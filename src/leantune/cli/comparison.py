@@ -124,6 +124,8 @@ def _style(difference: Score, higher_is_better: bool) -> str:
 def note(run: Run, data: Path, comparison: Comparison, split: str = "validation") -> None:
     """Write the comparison into the run's run.json, under ``evaluation``, beside what is there already.
 
+    Of a run with several tasks it stands under the task's own ``files``.
+
     Args:
         run: the run.
         data: what was scored on.
@@ -134,8 +136,9 @@ def note(run: Run, data: Path, comparison: Comparison, split: str = "validation"
 
     path = run.folder / "run.json"
     summary = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else dict(run.summary)
-    evaluation = summary.get("evaluation") or {}
+    part = summary if run.task is None else summary["tasks"][run.task]
+    evaluation = part.get("evaluation") or {}
     files = evaluation.get("files") or {}
     files[data.as_posix()] = {"hash": data_hash(data, split=split), **comparison.to_dict()}
-    summary["evaluation"] = {**evaluation, "files": files}
+    part["evaluation"] = {**evaluation, "files": files}
     atomic.write_json(path, summary)

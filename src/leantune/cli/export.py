@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from leantune.cli.command import console, one_command, say
+from leantune.cli.command import TaskOfRun, console, one_command, say
 from leantune.cli.parity import print_parity
 
 
@@ -36,6 +36,7 @@ def export(
         typer.Option(metavar="number", help="Recompress to this rank; what that leaves out is measured and said."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Refuse a --rank that leaves something out.")] = False,
+    adapter: TaskOfRun = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """A LoRA folder that PEFT and LoRA servers load without leantune. The conversion is exact; before it is written,
@@ -44,9 +45,10 @@ def export(
     the change the answers may differ: how far they do is printed.
     """
     from leantune.adapters import export_run
+    from leantune.adapters.folder import of_task
 
     result = export_run(
-        run,
+        of_task(run, adapter),
         out,
         format=form,
         prompts=prompt or None,

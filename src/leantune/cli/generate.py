@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leantune.cli.command import console, one_command, printable, progress_bar, say
+from leantune.cli.command import TaskOfRun, console, one_command, printable, progress_bar, say
 from leantune.core.errors import ConfigError, DataError, describe, raise_all
 
 
@@ -30,6 +30,7 @@ def generate(
     top_p: Annotated[float, typer.Option(metavar="float", help="Draw from this much probability.")] = 1.0,
     seed: Annotated[int, typer.Option(metavar="int", help="Seed of the draws.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End an answer at this text too.")] = None,
+    adapter: TaskOfRun = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Ask the base model, without what was trained.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompts and answers as JSON.")] = False,
@@ -43,7 +44,7 @@ def generate(
     from leantune.evaluate import generate as answer
     from leantune.train import Run
 
-    opened = Run.open(run)
+    opened = Run.open(run, adapter)
     if opened.config.task != "causal-lm":
         got, do = f"trained for {opened.config.task}", f"leantune eval {run} --data FILE scores it"
         raise ConfigError(describe(str(run), got, "a language model", do))

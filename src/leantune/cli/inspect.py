@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from leantune.cli.command import Command, console, reflowed
+from leantune.cli.command import Command, TaskOfRun, console, reflowed
 
 
 def command(words: list[str]) -> Any:
@@ -81,6 +81,7 @@ def data(
 
 def adapter(
     folder: Annotated[Path, typer.Argument(help="A run folder or an adapter folder.")],
+    adapter: TaskOfRun = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What an adapter changes, and what it costs.
@@ -88,8 +89,9 @@ def adapter(
     Its method and options, the base it belongs to, its modules and their sizes. No model is loaded.
     """
     from leantune.adapters import inspect_adapter
+    from leantune.adapters.folder import of_task
 
-    facts = inspect_adapter(folder)
+    facts = inspect_adapter(of_task(folder, adapter))
     if as_json:
         typer.echo(json.dumps(facts, indent=2, default=str))
     else:

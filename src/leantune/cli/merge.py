@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leantune.cli.command import console, one_command, say
+from leantune.cli.command import TaskOfRun, console, one_command, say
 from leantune.cli.parity import print_parity
 
 
@@ -27,6 +27,7 @@ def merge(
             help="Of a quantised base: trained (dequantised, same answers) or original (before quantisation)."
         ),
     ] = "trained",
+    adapter: TaskOfRun = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """The merged folder loads with stock transformers. Before it is written, both models answer the same prompts (the
@@ -35,8 +36,9 @@ def merge(
     then are from the trained model's is measured and said.
     """
     from leantune.adapters import merge_run
+    from leantune.adapters.folder import of_task
 
-    result = merge_run(run, out, prompts=prompt or None, onto=onto, overwrite=overwrite, progress=say)
+    result = merge_run(of_task(run, adapter), out, prompts=prompt or None, onto=onto, overwrite=overwrite, progress=say)
     screen = console()
     print_parity(screen, result["parity"])
     if result.get("merged_onto"):

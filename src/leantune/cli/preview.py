@@ -23,8 +23,11 @@ def print_preview(out: Console, found: dict[str, Any]) -> None:
     options = ", ".join(f"{name}={_short(value)}" for name, value in found["config"]["method_options"].items())
     _line(out, "method", f"{method['name']}: {method['title']}" + (f" ({options})" if options else ""))
     _print_parameters(out, found)
-    _print_data(out, "data", found["data"], found["config"])
-    if found["eval_data"]:
+    if "tasks" in found:
+        _print_tasks(out, found)
+    else:
+        _print_data(out, "data", found["data"], found["config"])
+    if found["eval_data"] and "tasks" not in found:
         _print_data(out, "eval data", found["eval_data"], found["config"])
     _print_steps(out, found)
     _print_rate(out, found["learning_rate"])
@@ -67,6 +70,14 @@ def _print_data(out: Console, title: str, data: dict[str, Any], config: dict[str
     _line(out, "", data["truncation"] or f"no row is longer than {config['max_length']:,} tokens")
     if data["label_names"]:
         _line(out, "", f"{len(data['label_names'])} classes: {', '.join(map(str, data['label_names']))}")
+
+
+def _print_tasks(out: Console, found: dict[str, Any]) -> None:
+    from leantune.train.task_report import task_lines
+
+    for place, line in enumerate(task_lines(found["tasks"], found["task_parameters"])):
+        _line(out, "" if place else "tasks", line)
+    _line(out, "", found["data"]["truncation"] or f"no row is longer than {found['config']['max_length']:,} tokens")
 
 
 def _print_steps(out: Console, found: dict[str, Any]) -> None:

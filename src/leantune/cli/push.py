@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from leantune.cli.command import console, one_command, say
+from leantune.cli.command import TaskOfRun, console, one_command, say
 from leantune.cli.parity import print_parity
 from leantune.core.errors import HubError, describe
 
@@ -40,6 +40,7 @@ def push(
         list[str] | None, typer.Option(metavar="id", help="Hub id of the data; repeat for more.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(metavar="text", help="Compare on this; repeat for more.")] = None,
+    adapter: TaskOfRun = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask before uploading.")] = False,
 ) -> None:
     """At the root of the repository a plain LoRA, proven here to give the same answers, which PEFT and LoRA servers
@@ -51,16 +52,19 @@ def push(
     """
     from leantune.adapters import hub, publication
     from leantune.adapters.conversion import refuse_occupied
+    from leantune.adapters.folder import of_task
 
     hub.check_repo_id(repo_id)
     if keep is not None:
         refuse_occupied(keep, False)
     target = None if dry_run else hub.check_target(repo_id, revision=revision, create_pr=create_pr)
-    card = {**_card(run), "license": license, "datasets": dataset}
+    card = {**_card(run, adapter), "license": license, "datasets": dataset}
     screen = console()
     with tempfile.TemporaryDirectory(prefix="leantune-push-") as scratch:
         folder = keep or Path(scratch) / "folder"
-        built = publication.prepare(run, repo_id, folder, card=card, base_id=base, prompts=prompt or None, progress=say)
+        built = publication.prepare(
+            of_task(run, adapter), repo_id, folder, card=card, base_id=base, prompts=prompt or None, progress=say
+        )
         _show(screen, built)
         if target is None:
             screen.print("\nDry run: nothing was uploaded.", style="bold")
@@ -70,14 +74,14 @@ def push(
     screen.print(f"Pushed to [bold]{address}[/]", soft_wrap=True)
 
 
-def _card(run: Path) -> dict[str, Any]:
+def _card(run: Path, task: str | None) -> dict[str, Any]:
     """What the card of a run's adapter says of its training; nothing for an adapter without a run."""
     from leantune.core.errors import LeantuneError
     from leantune.train import Run
     from leantune.train.card import card
 
     try:
-        return card(Run.open(run).summary)
+        return card(Run.open(run, task).summary)
     except (LeantuneError, KeyError, TypeError):
         # An adapter folder, or a run that was killed before its record was whole.
         return {}

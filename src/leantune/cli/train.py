@@ -177,6 +177,9 @@ def _say_what_next(folder: Path, config: RunConfig, is_complete: bool) -> None:
 
     out, name = console(), program()
     out.print("\nNext:")
+    if config.tasks:
+        _say_what_next_of_tasks(folder, config, is_complete)
+        return
     # A plain LoRA holds no head.
     onward = f"merge {folder}" if config.task in HEAD_TASKS else f"export {folder} --format lora"
     # Without --data, eval takes the rows that the run evaluates on.
@@ -188,3 +191,19 @@ def _say_what_next(folder: Path, config: RunConfig, is_complete: bool) -> None:
         *([f"{name} {onward} --out DIR"] if config.chosen_method.is_adapter else []),
     ):
         out.print("  " + line, markup=False, soft_wrap=True)
+
+
+def _say_what_next_of_tasks(folder: Path, config: RunConfig, is_complete: bool) -> None:
+    from leantune.train.setup import HEAD_TASKS
+
+    first, task = next(iter(config.tasks.items()))
+    is_text = (task.kind or config.task) not in HEAD_TASKS
+    onward = f"export {folder} --adapter {first} --format lora" if is_text else f"merge {folder} --adapter {first}"
+    has_rows = config.eval_share is not None or all(each.eval_data is not None for each in config.tasks.values())
+    for line in (
+        *([] if is_complete else [f"train --resume {folder}"]),
+        *([f"generate {folder} --adapter {first} --prompt '...'"] if is_text else []),
+        f"eval {folder}" + ("" if has_rows else f" --adapter {first} --data FILE"),
+        f"{onward} --out DIR",
+    ):
+        console().print(f"  {program()} {line}", markup=False, soft_wrap=True)

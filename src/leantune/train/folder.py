@@ -4,7 +4,8 @@
     chat_template.jinja  the chat template it was given, if any
     metrics.jsonl   its figures, step by step; loss.png draws them
     checkpoints/    its checkpoints, each complete
-    adapter/        the newest complete result (model/ when the method trains the whole model)
+    adapter/        the newest complete result (model/ when the method trains the whole model); of a run with several
+                    tasks a folder of each, and tasks.json
     run.json        the record of that result
 
 A run that replaces another leaves the older result and its record alone until its own are complete.
@@ -18,6 +19,7 @@ from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 
+from leantune.adapters.folder import TASKS_NAME
 from leantune.core import atomic
 from leantune.core.errors import RunError, describe
 from leantune.data.template import read_template
@@ -32,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 ADAPTER = "adapter"
 MODEL = "model"
 PICTURE = "loss.png"
+TASKS = TASKS_NAME
 WEIGHTS = {ADAPTER: "adapter_model.safetensors", MODEL: "model.safetensors"}
 
 
@@ -44,9 +47,14 @@ def result_folder(folder: Path) -> Path | None:
     return checkpoint.last_checkpoint(folder / CHECKPOINTS)
 
 
-def template_of(folder: Path) -> str | None:
-    """The chat template that a run was trained with: beside its result, else as it was given; None without one."""
-    result = result_folder(folder)
+def template_of(folder: Path, result: Path | None = None) -> str | None:
+    """The chat template that a run was trained with: beside its result, else as it was given; None without one.
+
+    Args:
+        folder: the run folder.
+        result: that of one of its tasks; the run's own when not given.
+    """
+    result = result or result_folder(folder)
     places = [*([result / TEMPLATE] if result is not None else []), folder / TEMPLATE]
     return next((read_template(path) for path in places if path.is_file()), None)
 
@@ -119,10 +127,15 @@ def go_on(config: RunConfig, point: Path, torn: list[Path]) -> None:
     atomic.write_text(folder / CONFIG, config.to_yaml())
 
 
+def _fingerprint(result: Path) -> Path:
+    """The file whose hash tells a result from another: the weights, or what lists those of each task by their hash."""
+    return result / TASKS if (result / TASKS).is_file() else result / WEIGHTS[result.name]
+
+
 def write_record(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """Write run.json with the hash of the result it belongs to; returns what was written."""
     result = result_folder(folder)
-    weights = result / WEIGHTS[result.name] if result is not None and result.name in WEIGHTS else None
+    weights = _fingerprint(result) if result is not None and result.name in WEIGHTS else None
     if weights is not None and weights.exists():
         summary = {**summary, "result": {"folder": result.name if result else None, "sha256": file_hash(weights)}}
     written: dict[str, Any] = plain(summary)
@@ -136,5 +149,5 @@ def is_record_of(folder: Path, summary: dict[str, Any]) -> bool:
     if recorded is None or result is None or result.name not in WEIGHTS:
         # A run in progress, or killed: the record of its beginning is all there is.
         return True
-    weights = result / WEIGHTS[result.name]
+    weights = _fingerprint(result)
     return not weights.exists() or file_hash(weights) == recorded.get("sha256")

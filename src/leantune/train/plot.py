@@ -12,7 +12,7 @@ SMOOTHING = 0.9
 
 
 def draw_loss(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw the loss of every step, its smoothed course, and the evaluations.
+    """Draw the loss of every step, its smoothed course, and the evaluations; of several tasks each one's course.
 
     Args:
         metrics: the lines of metrics.jsonl.
@@ -24,19 +24,23 @@ def draw_loss(metrics: list[dict[str, Any]], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     steps = [(line["step"], line["loss"]) for line in metrics if line.get("loss") is not None]
+    tasks = list(dict.fromkeys(name for line in metrics for name in line if name.startswith("loss/")))
     evaluations = [(line["step"], line["eval_loss"]) for line in metrics if line.get("eval_loss") is not None]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    if steps:
+    for name in tasks:
+        x, y = zip(*[(line["step"], line[name]) for line in metrics if line.get(name) is not None], strict=True)
+        axes.plot(x, smooth(list(y)), linewidth=1.8, label=f"{name.removeprefix('loss/')}, smoothed")
+    if steps and not tasks:
         x, y = zip(*steps, strict=True)
         axes.plot(x, y, color="#9bb7d4", linewidth=0.8, label="each step")
         axes.plot(x, smooth(list(y)), color="#1f4e8c", linewidth=1.8, label="smoothed")
-    if evaluations:
+    if evaluations and not tasks:
         x, y = zip(*evaluations, strict=True)
         axes.plot(x, y, "o-", color="#c4511b", markersize=5, linewidth=1.2, label="evaluation")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel("loss of each task" if tasks else "loss (nats per token)")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
     if steps or evaluations:

@@ -20,6 +20,7 @@ from torch import nn
 from leantune.core.errors import RunError, describe
 from leantune.methods._initialization import start_from_file
 from leantune.train import summary as summaries
+from leantune.train import task_result
 from leantune.train.config import RunConfig
 from leantune.train.folder import ADAPTER, CHECKPOINTS, CONFIG, MODEL, PICTURE
 from leantune.train.meter import Meter
@@ -56,6 +57,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="leantune-dry-run-") as scratch:
         prepared = prepare(config.model_copy(update={"report_to": []}), checkpoints=Path(scratch))
         known = summaries.before(config, prepared.base, prepared.model, prepared.examples)
+        known |= task_result.before(prepared) if prepared.tasks else {}
         steps = _steps(prepared.trainer)
         trained = {name: each for name, each in prepared.model.named_parameters() if each.requires_grad}
         size = sum(each.numel() * each.element_size() for each in trained.values())
@@ -67,6 +69,7 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
                 "total": known["total_parameters"],
                 "groups": parameter_groups(prepared.model),
             },
+            **({name: known[name] for name in ("tasks", "task_parameters")} if prepared.tasks else {}),
             "data": known["data"],
             "eval_data": known["eval_data"],
             "steps": steps,
@@ -185,9 +188,11 @@ def _writes(config: RunConfig, prepared: Prepared, trained_bytes: int, steps: in
     """Each file and folder of the run folder; sizes of the large ones, of tensors alone."""
     folder = Path(config.out)
     if config.chosen_method.is_adapter:
-        with start_from_file():
-            state = get_peft_model_state_dict(prepared.model, save_embedding_layers=False)
-        result, size = ADAPTER, sum(each.numel() * each.element_size() for each in state.values())
+        result, size = ADAPTER, 0
+        for name in prepared.model.peft_config:
+            with start_from_file():
+                state = get_peft_model_state_dict(prepared.model, adapter_name=name, save_embedding_layers=False)
+            size += sum(each.numel() * each.element_size() for each in state.values())
     else:
         result = MODEL
         size = sum(each.numel() * each.element_size() for each in prepared.model.parameters())
@@ -196,7 +201,7 @@ def _writes(config: RunConfig, prepared: Prepared, trained_bytes: int, steps: in
         {"path": folder / METRICS, "what": f"a line for each of {steps:,} steps"},
         {"path": folder / RECORD, "what": "versions, hashes, times, evaluation"},
         {"path": folder / PICTURE, "what": "the loss curve"},
-        {"path": folder / result, "what": "the result, with tokenizer and model card", "bytes": size},
+        {"path": folder / result, "what": _what(prepared), "bytes": size},
     ]
     count = min(-(-steps // config.save_steps), config.keep_checkpoints) if config.save_steps else 0
     if count:
@@ -204,6 +209,12 @@ def _writes(config: RunConfig, prepared: Prepared, trained_bytes: int, steps: in
         what = f"one every {config.save_steps:,} steps and at the end, {count} kept"
         written.append({"path": folder / CHECKPOINTS, "what": what, "bytes": count * each})
     return [{**entry, "path": entry["path"].as_posix()} for entry in written]
+
+
+def _what(prepared: Prepared) -> str:
+    if prepared.tasks:
+        return f"a folder for each of {len(prepared.tasks)} tasks, with tokenizer and model card"
+    return "the result, with tokenizer and model card"
 
 
 def _check_writable(folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from leantune.train.batching import batch_line
 from leantune.train.meter import Meter, peak_memory
+from leantune.train.task_report import TaskLosses, evaluation_lines, task_lines
 
 
 class Report(TrainerCallback):
@@ -30,6 +31,7 @@ class Report(TrainerCallback):
         self._bar: Progress | None = None
         self._losses: list[float] = []
         self._first_step = 0
+        self._tasks = TaskLosses()
 
     def say(self, text: str) -> None:
         """One line, above the bar if there is one."""
@@ -44,7 +46,10 @@ class Report(TrainerCallback):
         self.say(
             f"method  {summary['method']['name']}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})"
         )
-        if data["rows"] is None:
+        if summary.get("tasks"):
+            for place, line in enumerate(task_lines(summary["tasks"], summary["task_parameters"])):
+                self.say(f"{'tasks' if place == 0 else '':<8}{line}")
+        elif data["rows"] is None:
             self.say(f"data    {data['path']}")
         else:
             self.say(
@@ -98,17 +103,22 @@ class Report(TrainerCallback):
         if "eval_loss" in logs:
             parts = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in logs.items() if _is_score(name)]
             self.say(f"step {state.global_step}  evaluation: " + "  ".join(parts))
+            for line in evaluation_lines(logs):
+                self.say(line)
         if "loss" not in logs:
             return
         self._losses.append(float(logs["loss"]))
+        self._tasks.add(logs)
         if self._bar is not None:
             recent = self._losses[-self.log_steps :]
             text = self._text(state, args.device, sum(recent) / len(recent)) + _round(logs)
+            text += self._tasks.text(self.log_steps)
             self._bar.update(self._bar.task_ids[0], completed=state.global_step, description=text, refresh=True)
         elif state.global_step in (self._first_step + 1, state.max_steps) or state.global_step % self.log_steps == 0:
             width = len(str(state.max_steps))
             loss = sum(self._losses) / len(self._losses)
-            text = self._text(state, args.device, loss) + _round(logs)
+            text = self._text(state, args.device, loss) + _round(logs) + self._tasks.text()
+            self._tasks.forget()
             self.say(f"step {state.global_step:>{width}}/{state.max_steps}  {text}")
             # The first step has a line of its own, and is not counted again in the next one.
             self._losses = []

@@ -14,7 +14,7 @@ from leantune import adapters
 from leantune.core import atomic
 from leantune.core.errors import LeantuneError, RunError, describe
 from leantune.models import BaseModel
-from leantune.train import distributed
+from leantune.train import distributed, task_result
 from leantune.train import folder as run_folder
 from leantune.train import summary as summaries
 from leantune.train.calibration import calibrate, time_share
@@ -30,6 +30,8 @@ from leantune.train.progress import Report, clock
 from leantune.train.record import METRICS, RECORD, MetricsFile, read_metrics
 from leantune.train.resumption import Resumption, find
 from leantune.train.setup import load_model, prepare
+from leantune.train.task_config import unknown_task, view
+from leantune.train.task_result import summary_of
 from leantune.train.trainer import LeanTrainer
 
 
@@ -44,6 +46,7 @@ class Run:
         model: the trained model, after :func:`fit` or :meth:`load`.
         tokenizer: that of the base model (an image model's image processor), likewise.
         base: the base model, likewise.
+        task: which of a run's tasks this is, seen as a run of its own; None for a whole run.
     """
 
     folder: Path
@@ -52,6 +55,7 @@ class Run:
     model: Any = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False)
     base: BaseModel | None = field(default=None, repr=False)
+    task: str | None = None
 
     @property
     def result(self) -> Path:
@@ -64,15 +68,33 @@ class Run:
         if found is None:
             got = "no adapter and no checkpoint"
             raise RunError(describe(str(self.folder), got, "a run that got that far", "train it again"))
-        return found
+        return found / self.task if self.task is not None else found
 
-    @classmethod
-    def open(cls, folder: str | Path) -> Run:
-        """Read a run folder, whole or left by a kill.
+    def of_task(self, name: str) -> Run:
+        """One of this run's tasks as a run of its own: with its rows, its kind and its adapter.
 
         Raises:
-            RunError: the folder is no run folder, or cannot be read.
+            RunError: the run has no such task.
         """
+        if name not in self.config.tasks:
+            known = self.config.tasks
+            got = unknown_task(name, known) if known else "a run of one task; it has no other adapter"
+            raise RunError(got if known else describe(str(self.folder), got, "no --adapter", "leave it out"))
+        return Run(self.folder, view(self.config, name), summary_of(self.summary, name), task=name)
+
+    @classmethod
+    def open(cls, folder: str | Path, task: str | None = None) -> Run:
+        """Read a run folder, whole or left by a kill.
+
+        Args:
+            folder: of the run.
+            task: of a run with several, the one to look at (:meth:`of_task`).
+
+        Raises:
+            RunError: the folder is no run folder, or cannot be read, or has no such task.
+        """
+        if task is not None:
+            return cls.open(folder).of_task(task)
         path = Path(folder)
         config_path, record_path = path / CONFIG, path / RECORD
         if not config_path.is_file() and not record_path.is_file():
@@ -91,8 +113,11 @@ class Run:
         """The base model and the trained model (for an adapter: the base with the adapter on it), in evaluation mode.
 
         Raises:
-            LeantuneError: there is no result, or it and its base do not go together.
+            LeantuneError: there is no result, or it and its base do not go together; or the run has several tasks.
         """
+        if self.config.tasks:
+            got = f"a run of {len(self.config.tasks)} tasks ({', '.join(self.config.tasks)})"
+            raise RunError(describe(str(self.folder), got, "one of them", "name it: --adapter TASK"))
         result = self.result
         labels = (self.summary.get("data") or {}).get("label_names")
         if self.config.chosen_method.is_adapter:
@@ -103,7 +128,7 @@ class Run:
             self.model = self.base.model
         self.model.eval()
         self.tokenizer = self.base.encoder
-        template = run_folder.template_of(self.folder)
+        template = run_folder.template_of(self.folder, result)
         if template is not None and not isinstance(self.tokenizer.chat_template, dict):
             # What it was trained with, whatever the base's tokenizer has by now.
             self.tokenizer.chat_template = template
@@ -162,6 +187,8 @@ def _run(config: RunConfig, point: Resumption | None, lock: Lock, progress: bool
     prepared = prepare(config, resume=point is not None)
     base, examples, model, trainer = prepared.base, prepared.examples, prepared.model, prepared.trainer
     summary = summaries.before(config, base, model, examples)
+    if prepared.tasks:
+        summary |= task_result.before(prepared)
 
     is_main = distributed.is_main()
     report = Report(trainer.meter, config.log_steps, Console(stderr=True) if progress and is_main else None)
@@ -190,9 +217,14 @@ def _run(config: RunConfig, point: Resumption | None, lock: Lock, progress: bool
     summary = {**summary, **outcome, **summaries.after(trainer), "time_s": trainer.meter.total_seconds}
     summary |= time_share(summary)
 
+    if prepared.tasks:
+        summary["tasks"] = task_result.after(summary, trainer.state.log_history)
     state = distributed.gathered(model, everything=not config.chosen_method.is_adapter)
     if is_main:
-        _save_result(config, base, model, summary, state)
+        if prepared.tasks:
+            task_result.save_tasks(config, base, model, prepared.tasks, summary)
+        else:
+            _save_result(config, base, model, summary, state)
         summary = run_folder.write_record(config.out, summary)
         draw_loss(read_metrics(config.out / METRICS), config.out / PICTURE, summaries.title(summary))
     distributed.wait_for_all()

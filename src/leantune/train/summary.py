@@ -25,9 +25,9 @@ def before(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -
     adapters = {name: each.to_dict() for name, each in getattr(model, "peft_config", {}).items()}
     evaluation = None
     if config.eval_data is not None and examples.evaluation is not None:
-        evaluation = _data_facts(config.eval_data, examples.evaluation, "validation")
+        evaluation = data_facts(config.eval_data, examples.evaluation, "validation")
     elif config.eval_share is not None and examples.evaluation is not None:
-        evaluation = {**_data_facts(config.data, examples.evaluation), "eval_share": config.eval_share}
+        evaluation = {**data_facts(config.data, examples.evaluation), "eval_share": config.eval_share}
     return {
         "status": "running",
         "base": {
@@ -41,7 +41,7 @@ def before(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -
         },
         # After the method was applied: its own account of what it did stands in its config.
         "method": {"name": method.name, "title": method.title, "config": next(iter(adapters.values()), {})},
-        "data": {**_data_facts(config.data, examples.train), "source": examples.source},
+        "data": {**data_facts(config.data, examples.train), "source": examples.source},
         "eval_data": evaluation,
         "batching": batching(config, examples.train, examples.packs),
         **parameter_counts(model),
@@ -92,7 +92,14 @@ def _last_evaluation(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {name.removeprefix("eval_"): value for name, value in scores.items()}
 
 
-def _data_facts(path: Path, encoded: Encoded | RowStream, split: str = "train") -> dict[str, Any]:
+def data_facts(path: Path, encoded: Encoded | RowStream, split: str = "train") -> dict[str, Any]:
+    """Where rows come from, their hash, and their counts; of a stream these are not known.
+
+    Args:
+        path: the file.
+        encoded: its rows as tokens.
+        split: of a folder, which of its files.
+    """
     if isinstance(encoded, RowStream):
         unknown = ("rows", "total_tokens", "loss_tokens", "truncated", "tokens_cut", "truncation", "label_names")
         return {"path": path.as_posix(), "hash": data_hash(path, split=split), **dict.fromkeys(unknown)}

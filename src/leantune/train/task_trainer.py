@@ -100,13 +100,15 @@ class TaskTrainer(LeanTrainer):
 
     # Rows
 
+    def shares(self) -> list[float]:
+        """The share of each task among the rows that are drawn."""
+        config = next(iter(self.tasks.values())).config
+        counts = [len(task.train) for task in self.tasks.values()]
+        return task_shares(counts, config.task_sampling, config.task_temperature)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        numbers = [example[TASK] for example in rows]
-        config = next(iter(self.tasks.values())).config
-        counts = [numbers.count(number) for number in range(len(self.names))]
-        shares = task_shares(counts, config.task_sampling, config.task_temperature)
-        return TaskSampler(numbers, shares, self.args.seed)
+        return TaskSampler([example[TASK] for example in rows], self.shares(), self.args.seed)
 
     def steps_by_task(self, steps: int) -> list[int]:
         """In how many of a run's optimizer steps each task takes part."""
