@@ -49,6 +49,21 @@ CASES: dict[str, dict[str, Any]] = {
     "s2ft-calibrated": {**S2FT, "method_options": {**S2FT["method_options"], "selection": "gradient"}},
     "packing": {**LORA, "packing": True, "max_length": 24, "max_steps": 12},
     "streaming": {**LORA, "streaming": True, "max_steps": 10, "shuffle_buffer": 7},
+    "pissa": {"method": "pissa", "method_options": DROPOUT},
+    "pissa-bfloat16": {"method": "pissa", "method_options": DROPOUT, "dtype": "bfloat16"},
+    "lora-ga": {"method": "lora-ga", "method_options": DROPOUT},
+    "dora": {"method": "dora", "method_options": DROPOUT},
+    "vera": {"method": "vera", "method_options": {"r": 4, "target_modules": ["q_proj", "down_proj"]}},
+    "prefix": {"method": "prefix", "method_options": {"num_virtual_tokens": 3}},
+    "lisa": {"method": "lisa", "method_options": {"active_blocks": 1, "period": 2}, "lr": 1e-3},
+    "lisa-blocks-alone": {
+        "method": "lisa",
+        "method_options": {"active_blocks": 1, "period": 3, "embeddings": False, "seed": 3},
+        "lr": 1e-3,
+        "gradient_checkpointing": True,
+    },
+    "galore": {"method": "galore", "method_options": {"rank": 4, "update_proj_gap": 3}, "lr": 1e-3},
+    "galore-bfloat16": {"method": "galore", "method_options": {"rank": 4}, "lr": 1e-3, "dtype": "bfloat16"},
 }
 
 

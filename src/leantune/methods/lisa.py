@@ -16,6 +16,7 @@ authors published draws that many, as here.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,6 +102,9 @@ class BlockSampler(TrainerCallback):
         inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
         trains = {id(parameter) for number in drawn for parameter in self.blocks[number].parameters()}
         state = getattr(getattr(optimizer, "optimizer", optimizer), "state", {})
+        for parameter, moments in state.items():
+            # Names from a file are other objects than those of moments to come, which a file written later would show.
+            state[parameter] = {sys.intern(name): value for name, value in moments.items()}
         for parameter in self.model.parameters():
             active = id(parameter) in trains or (self.config.embeddings and id(parameter) not in inside)
             parameter.requires_grad_(active)
