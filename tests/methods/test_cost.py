@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from leantune import LoraXSConfig
 from leantune.methods import _cost
 from leantune.methods._cost import Shape
 
@@ -26,14 +27,14 @@ class Two(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
-def counted(model: nn.Module) -> tuple[int, int]:
-    """Floating-point operations of a forward and of a whole step, for one token."""
+def counted(model: nn.Module, once: int = 0) -> tuple[int, int]:
+    """Floating-point operations of a forward and of a whole step, for one token, but for ``once`` in each backward."""
     x = torch.randn(TOKENS, 9, requires_grad=True)
     with FlopCounterMode(display=False) as forward:
         y = model(x)
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
-    ahead, back = forward.get_total_flops(), backward.get_total_flops()
+    ahead, back = forward.get_total_flops(), backward.get_total_flops() - once
     assert ahead % TOKENS == 0
     assert back % TOKENS == 0
     return ahead // TOKENS, (ahead + back) // TOKENS
@@ -51,25 +52,17 @@ def test_stock_lora(rank: int) -> None:
     assert counted(model) == (cost.forward_flops, cost.step_flops)
 
 
-class Middle(nn.Module):
-    """``W x + B R A x`` as it is written, on one layer."""
-
-    def __init__(self, shape: Shape, rank: int) -> None:
-        super().__init__()
-        out, into = shape
-        self.W, self.B, self.A = (
-            nn.Parameter(torch.randn(*size), requires_grad=False) for size in (shape, (out, rank), (rank, into))
-        )
-        self.R = nn.Parameter(torch.randn(rank, rank))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.W.T + x @ self.A.T @ self.R.T @ self.B.T
-
-
+@pytest.mark.parametrize("precondition", [False, True])
 @pytest.mark.parametrize("rank", [2, 5])
-def test_the_formula_of_lora_xs(rank: int) -> None:
-    cost = _cost.frozen([(12, 9)]) + _cost.lora_xs([(12, 9)], rank)
-    assert counted(Middle((12, 9), rank)) == (cost.forward_flops, cost.step_flops)
+def test_lora_xs(rank: int, precondition: bool) -> None:
+    model = get_peft_model(Two(), LoraXSConfig(target_modules=["first", "second"], r=rank, precondition=precondition))
+    if precondition:
+        # The two inverses are formed once, in the first step; each step then multiplies by both, whatever its tokens.
+        model(torch.randn(TOKENS, 9)).sum().backward()
+    cost = _cost.frozen(SHAPES) + _cost.lora_xs(SHAPES, rank)
+    once = 2 * len(SHAPES) * 2 * rank**3 if precondition else 0
+    forward, step = counted(model, once)
+    assert (forward, step) == (cost.forward_flops, cost.step_flops)
 
 
 def test_a_rank_above_a_layers_own_is_clamped() -> None:

@@ -13,8 +13,12 @@ from functools import cached_property
 
 import pytest
 import torch
-from torch import Tensor
+from peft import get_peft_model
+from torch import Tensor, nn
 
+import leantune
+from leantune import LoraXSConfig
+from leantune.methods._core_factor import CoreFactors
 from leantune.testing.closeness import assert_close, assert_differs
 
 OUT, IN, RANK = 11, 7, 3
@@ -301,3 +305,114 @@ class TestTheorem5:
         assert_close(start.equivalent(start.R), truncated(signs), EXACT, k=1e3, depth=OUT * IN)
         best = float((truncated(self.full) - self.full).norm())
         assert float((self._first_step(start.B, start.A) - self.full).norm()) > 1.01 * best
+
+
+class Net(nn.Module):
+    """A base of one linear layer in float64 whose output is that of the classifier above."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(IN, OUT, bias=False, dtype=EXACT)
+        self.layer.weight.data.copy_(noise(2, OUT, IN))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(self.layer(rows), torch.arange(40) % OUT)
+
+
+ROWS = noise(1, 40, IN)
+
+
+class TestTheLayer:
+    """The same on Leantune's own layer, start and optimizer step, float64 over a float64 base."""
+
+    def _layer(self, **options: object) -> tuple[nn.Module, CoreFactors]:
+        model = get_peft_model(Net(), LoraXSConfig(**{"r": RANK, "target_modules": ["layer"], **options}))
+        (own,) = (module for module in model.modules() if isinstance(module, CoreFactors))
+        return model, own
+
+    def _started(self, optimizer: str, eta: float, **options: object) -> tuple[nn.Module, CoreFactors]:
+        model, own = self._layer(init_weights="update_svd", **options)
+
+        def loss(model: nn.Module, batch: object) -> Tensor:
+            return model(batch["rows"])
+
+        leantune.initialize(model, [{"rows": ROWS}], step_size=eta, loss=loss, optimizer=optimizer)
+        return model, own
+
+    def _at(self, own: CoreFactors) -> Point:
+        return Point(own.B, own.weight.detach().clone(), own.A, own.scaling)
+
+    def _moved(self, own: CoreFactors, seed: int = 9) -> None:
+        own.weight.data.copy_(noise(seed, RANK, RANK))
+
+    @pytest.mark.parametrize("alpha", [None, 1.0, 12.0])
+    def test_lemma_1(self, alpha: float | None) -> None:
+        model, own = self._layer(alpha=alpha)
+        self._moved(own)
+        model(ROWS).backward()
+        point = self._at(own)
+        formula = point.s * point.B.T @ point.g @ point.A.T
+        assert_close(own.weight.grad, formula, EXACT, k=50, depth=OUT * IN, wrong=[formula.T])
+
+    @pytest.mark.parametrize("alpha", [None, 1.0, 12.0])
+    def test_theorem_2_as_the_option_precondition_and_without_it_where_the_factors_are_orthonormal(
+        self, alpha: float | None
+    ) -> None:
+        model, own = self._layer(alpha=alpha, precondition=True)
+        self._moved(own)
+        model(ROWS).backward()
+        point = self._at(own)
+        assert_close(own.weight.grad, point.best, EXACT, k=1e3, depth=OUT * IN, wrong=[point.g_R])
+        model, own = self._layer(split="core")
+        self._moved(own)
+        model(ROWS).backward()
+        assert_close(own.weight.grad, self._at(own).best, EXACT, k=1e3, depth=OUT * IN)
+
+    def test_theorem_3_a_small_sgd_step_lowers_the_loss_by_the_first_order_amount(self) -> None:
+        model, own = self._layer(precondition=True)
+        self._moved(own)
+        before = model(ROWS)
+        before.backward()
+        point = self._at(own)
+        slope, rate = float((point.g_R * own.weight.grad).sum()), 1e-4
+        torch.optim.SGD([own.weight], lr=rate).step()
+        change = float(model(ROWS).detach() - before.detach())
+        assert change == pytest.approx(-rate * slope, rel=1e-2)
+        assert change < 0
+
+    def test_theorem_4_training_by_sgd_is_the_same_for_every_alpha(self) -> None:
+        trained = {}
+        for precondition in (True, False):
+            for alpha in (float(RANK), 1.0, 12.0):
+                model, own = self._layer(alpha=alpha, precondition=precondition)
+                optimizer = torch.optim.SGD([own.weight], lr=0.5)
+                for _ in range(10):
+                    optimizer.zero_grad()
+                    model(ROWS).backward()
+                    optimizer.step()
+                trained[precondition, alpha] = own.delta()
+        for alpha in (1.0, 12.0):
+            assert_close(trained[True, alpha], trained[True, float(RANK)], EXACT, k=1e5, depth=OUT * IN)
+            plain = trained[False, float(RANK)]
+            assert float((trained[False, alpha] - plain).norm()) > 0.1 * float(plain.norm())
+
+    def test_theorem_5_the_first_sgd_step_from_the_base_is_the_best_copy_of_the_full_one(self) -> None:
+        eta = 0.1
+        full = -eta * gradient(loss_of, noise(2, OUT, IN))
+        model, own = self._started("sgd", eta)
+        # The start itself is that copy ...
+        assert_close(own.delta(), truncated(full), EXACT, k=1e4, depth=OUT * IN)
+        # ... and so is a step from the base along its factors.
+        own.weight.data.zero_()
+        model(ROWS).backward()
+        torch.optim.SGD([own.weight], lr=eta).step()
+        assert_close(own.delta(), truncated(full), EXACT, k=1e4, depth=OUT * IN)
+
+    @pytest.mark.parametrize("split", ["core", "left", "right"])
+    def test_equations_1_and_2_the_start_is_the_truncated_svd_of_the_first_step(self, split: str) -> None:
+        eta = 0.1
+        signs = -eta * torch.sign(gradient(loss_of, noise(2, OUT, IN)))
+        _, own = self._started("adamw_torch", eta, split=split, alpha=6.0)
+        assert_close(own.delta(), truncated(signs), EXACT, k=1e4, depth=OUT * IN, wrong=[truncated(-signs)])
+        # Only "core" is LoRA-SB; the others are appendix D.2, whose plain gradient is not the best one.
+        assert own.is_orthonormal() == (split == "core")
