@@ -171,7 +171,9 @@ def read_shared(folder: str) -> dict[str, Tensor]:
         AdapterError: there is no such file, it cannot be read, or it holds no shared projection.
     """
     root, name = Path(folder), "adapter_model.safetensors"
-    path = next((each for each in (root, root / name, root / "adapter" / name) if each.is_file()), None)
+    # Of a run with several tasks any adapter will do.
+    places = (root, root / name, root / "adapter" / name, *sorted(root.glob(f"adapter/*/{name}")))
+    path = next((each for each in places if each.is_file()), None)
     if path is None:
         where = f"shared_from: {folder}"
         raise AdapterError(describe(where, "no adapter there", f"a folder with {name}", "give a multi-lora adapter"))
