@@ -9,7 +9,9 @@ For one token through a linear layer ``W (out, in)`` and an adapter beside it, n
 The backward of a frozen layer is the gradient of its input alone; that of LoRA forms both factors' gradients too, that
 of LoRA-XS the gradient of ``R``, two products of width ``r``. A multiply-accumulate is two floating-point operations.
 Additions, scalings, norms and attention scores are not counted: they are the same with either adapter, or of lower
-order; nor are the ``2 r^3`` a step of a preconditioned gradient, whatever its tokens. Paper: LoRA-SB (arXiv 2411.19557), appendix D.4.
+order; nor are the ``2 r^3`` that a preconditioned gradient takes once a step, whatever its tokens.
+
+Paper: LoRA-SB (arXiv 2411.19557), appendix D.4.
 """
 
 from __future__ import annotations
