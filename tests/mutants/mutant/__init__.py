@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from harness import Fault
 
+from mutant.boosting import BOOSTING_FAULTS
 from mutant.data import BATCH_FAULTS, ROW_FAULTS
 from mutant.file import FILE_FAULTS, HUB_FAULTS
+from mutant.low_rank import LOW_RANK_FAULTS
 from mutant.method import KERNEL_FAULTS, LAYER_FAULTS, PACKED_FAULTS, REFERENCE_FAULTS
 from mutant.selection import CALIBRATION_FAULTS, CHOICE_FAULTS
 from mutant.structure import CONVOLUTION_FAULTS, EXPERT_FAULTS, STRUCTURE_FAULTS
@@ -21,12 +23,14 @@ FAULTS: tuple[Fault, ...] = (
     *CONVOLUTION_FAULTS,
     *CHOICE_FAULTS,
     *CALIBRATION_FAULTS,
+    *BOOSTING_FAULTS,
     *TRAINING_FAULTS,
     *RESUME_FAULTS,
     *PROCESS_FAULTS,
     *RUN_FAULTS,
     *ROW_FAULTS,
     *BATCH_FAULTS,
+    *LOW_RANK_FAULTS,
     *FILE_FAULTS,
     *HUB_FAULTS,
 )
