@@ -87,9 +87,33 @@ ARMS: dict[str, Arm] = {
     "rslora": Arm("rslora", around(1e-3), LORA, around(1e-3)),
     "pissa": Arm("pissa", around(1e-3), LORA, around(1e-3)),
     "full": Arm("full", around(1e-4), {}, around(1e-4)),
-    "lora-xs": Arm("lora-xs", around(4e-3), {"r": 64, "alpha": 64, **ALL_LINEAR}, around(4e-3)),
-    "lora-sb": Arm("lora-sb", around(4e-3), {"r": 64, "alpha": 64, **ALL_LINEAR}, around(4e-3)),
-    "xgblora": Arm("xgblora", around(4e-3), {"r": 1, "steps_per_round": 10, **ALL_LINEAR}, around(4e-3)),
+    "lora-xs": Arm("lora-xs", around(4e-3), {"r": 64, **ALL_LINEAR}),
+    "lora-sb": Arm("lora-sb", around(4e-3), {"r": 64, **ALL_LINEAR}),
+    "xgblora": Arm("xgblora", around(4e-3), {"r": 1, "steps_per_round": 10, **ALL_LINEAR}),
+    # LoRA-SB against LoRA-XS at other ranks.
+    "lora-xs-r16": Arm("lora-xs", around(8e-3), {"r": 16, **ALL_LINEAR}, seeds=3, benches=("e2e",)),
+    "lora-sb-r16": Arm("lora-sb", around(8e-3), {"r": 16, **ALL_LINEAR}, seeds=3, benches=("e2e",)),
+    "lora-xs-r32": Arm("lora-xs", around(4e-3), {"r": 32, **ALL_LINEAR}, seeds=3, benches=("e2e",)),
+    "lora-sb-r32": Arm("lora-sb", around(4e-3), {"r": 32, **ALL_LINEAR}, seeds=3, benches=("e2e",)),
+    # One seed each: no interval, and no claim.
+    **{
+        name: Arm(name, around(middle), options, seeds=1, benches=("e2e",))
+        for name, middle, options in (
+            ("dora", 2e-3, LORA),
+            ("lora-ga", 1e-3, LORA),
+            ("vera", 1e-2, {"r": 256, **ALL_LINEAR}),
+            ("spft", 4e-3, {"match_lora_rank": 8, **ALL_LINEAR}),
+            ("loreft", 4e-3, {"r": 16}),
+            ("series-adapter", 1e-3, {"bottleneck_size": 32}),
+            ("parallel-adapter", 1e-3, {"bottleneck_size": 16}),
+            ("prefix", 1e-2, {"num_virtual_tokens": 20}),
+            ("lisa", 1e-4, {"active_blocks": 8, "period": 10}),
+            ("galore", 4e-4, {"rank": 64, "update_proj_gap": 50}),
+            ("multi-lora", 4e-3, {"r": 8, **ALL_LINEAR}),
+            ("relora", 2e-3, {"r": 8, "steps_per_round": 50, **ALL_LINEAR}),
+            ("cola", 2e-3, {"r": 8, "steps_per_round": 33, **ALL_LINEAR}),
+        )
+    },
 }
 
 
