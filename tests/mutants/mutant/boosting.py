@@ -180,8 +180,8 @@ BOOSTING_FAULTS = (
     Fault(
         "round of a resumed run begun anew",
         BOOSTING,
-        "            if path in training:\n                own.train_in(number)\n            else:\n                own.rest()\n",
-        "            own.rest()\n",
+        "            if path in training:\n                own.train_in(number)\n",
+        "            if False:\n                own.train_in(number)\n",
         "a run resumed in the middle of a round forgets its booster",
         (SAME_RUN,),
     ),
