@@ -150,6 +150,17 @@ def test_a_step_of_ones_own() -> None:
         started(optimizer="galore_adamw")
 
 
+def test_a_step_of_adafactor_that_is_clipped() -> None:
+    """Of a gradient that is no product of rows and columns: its rescaled form has a norm above one."""
+    gradient = torch.eye(6, 8, dtype=EXACT) + 1e-3 * torch.randn(6, 8, dtype=EXACT)
+    parameter = nn.Parameter(torch.zeros(6, 8, dtype=EXACT))
+    parameter.grad = gradient.clone()
+    OPTIMIZERS["adafactor"]([parameter]).step()
+    step = first_step("adafactor", gradient.clone(), RATE)
+    assert_close(step, parameter.detach(), EXACT, 16, 8, what="step")
+    assert float(step.square().mean().sqrt()) == pytest.approx(RATE, rel=1e-6)
+
+
 def test_a_step_size_is_asked_for() -> None:
     model = get_peft_model(tiny.model("llama"), LoraXSConfig(r=RANK, init_weights="update_svd"))
     with pytest.raises(MethodError, match=r"no step_size.*step_size=\.\.\."):
@@ -295,6 +306,17 @@ def test_ranks_by_the_spectrum_of_the_step(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(tiny.model("llama", torch.float32), tmp_path).eval()
     assert {path: layer.own("default").rank for path, layer in own_layers(loaded).items()} == ranks
     assert_same(no_grad_logits(loaded, tiny.ids(2, 5)), expected, "logits after loading")
+
+
+def test_a_file_decides_the_rank(tmp_path: Path) -> None:
+    """Also where the config beside it names another, as it stood before the ranks were allotted."""
+    model = started(tiny.model("llama", torch.float32), r=5, task_type="CAUSAL_LM")
+    expected = no_grad_logits(model.eval(), tiny.ids(2, 5))
+    state = {name: value for name, value in model.state_dict().items() if "loraxs_core" in name}
+    twin = get_peft_model(tiny.model("llama", torch.float32), LoraXSConfig(r=2, init_weights="update_svd"))
+    twin.load_state_dict(state, strict=False)
+    assert_same(no_grad_logits(twin.eval(), tiny.ids(2, 5)), expected, "logits")
+    assert all(value.requires_grad for value in trained(twin).values())
 
 
 # The sketch

@@ -89,7 +89,7 @@ class CoreFactors(nn.Module):
         self.waits = False
 
     def copy_start(self, other: CoreFactors) -> None:
-        """Take over another adapter's start, or that it still waits for one."""
+        """Take over another adapter's factors and core, or that it still waits for them."""
         self.start(other.B, other.weight, other.A)
         self.waits = other.waits
 

@@ -23,6 +23,8 @@ from leantune.core.linalg import truncated_svd
 from leantune.methods._selection import seeded
 
 Split = Literal["core", "left", "right"]
+NOISE = 0.2
+"""Standard deviation of a core that is to change the function."""
 SPLITS: tuple[Split, ...] = ("core", "left", "right")
 
 
@@ -86,8 +88,3 @@ def add_noise(matrix: Tensor, deviation: float, *words: object) -> Tensor:
     """``matrix`` plus N(0, deviation^2) in each entry, in place."""
     drawn = torch.randn(matrix.shape, generator=seeded("noise", *words))
     return matrix.add_(drawn.to(matrix), alpha=deviation)
-
-
-def noise(rank: int, *words: object) -> Tensor:
-    """A core that changes the function: N(0, 0.2^2)."""
-    return torch.randn(rank, rank, generator=seeded("core", *words)) * 0.2

@@ -26,7 +26,6 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -179,6 +178,7 @@ class LoraXSLinear(AdapterLayer):
         self.place(adapter_name, inference_mode=config.inference_mode)
         if template is not None and template in self.loraxs_core:
             own.copy_start(self.own(template))
+            self._refresh_core(own, config)
         # What is made to be read from a file (PEFT says so by these two) needs no decomposition.
         elif config.start != "update_svd" and not config.inference_mode and not own.weight.is_meta:
             self.start_without_data(adapter_name, config, kwargs["path"])
@@ -192,9 +192,15 @@ class LoraXSLinear(AdapterLayer):
             drawn = starting.kaiming(self.out_features, self.in_features, own.B, config.seed, path)
             start = starting.decompose(drawn, own.rank, config.seed, path)
         self.start(adapter, config, start, keep_function=config.start == "weight_svd")
-        if config.start is None:
-            with torch.no_grad():
-                own.weight.copy_(starting.noise(own.rank, config.seed, path))
+        self._refresh_core(own, config)
+
+    @staticmethod
+    def _refresh_core(own: CoreFactors, config: LoraXSConfig) -> None:
+        """A core that is no part of the factors' start, whatever the adapter they were copied from has learnt."""
+        if config.start == "weight_svd":
+            nn.init.zeros_(own.weight)
+        elif config.start is None:
+            nn.init.normal_(own.weight, std=starting.NOISE)
 
     def start(self, adapter: str, config: LoraXSConfig, start: starting.Start, *, keep_function: bool) -> None:
         """Take the factors of a decomposed matrix, as the config splits them."""

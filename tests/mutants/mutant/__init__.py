@@ -10,6 +10,7 @@ from mutant.file import FILE_FAULTS, HUB_FAULTS
 from mutant.low_rank import LOW_RANK_FAULTS
 from mutant.method import KERNEL_FAULTS, LAYER_FAULTS, PACKED_FAULTS, REFERENCE_FAULTS
 from mutant.selection import CALIBRATION_FAULTS, CHOICE_FAULTS
+from mutant.shared_factor import SHARED_FACTOR_FAULTS
 from mutant.structure import CONVOLUTION_FAULTS, EXPERT_FAULTS, STRUCTURE_FAULTS
 from mutant.training import PROCESS_FAULTS, RESUME_FAULTS, RUN_FAULTS, TRAINING_FAULTS
 
@@ -31,6 +32,7 @@ FAULTS: tuple[Fault, ...] = (
     *ROW_FAULTS,
     *BATCH_FAULTS,
     *LOW_RANK_FAULTS,
+    *SHARED_FACTOR_FAULTS,
     *FILE_FAULTS,
     *HUB_FAULTS,
 )
