@@ -114,6 +114,19 @@ OWN: Mapping[str, Own] = {
             {"target_modules": None, "r": "auto", "rank_budget": 4, "split": "core"},
         ),
     ),
+    "multi-lora": Own(
+        # Both tasks take the A of the first, so what may differ is their scale.
+        second={"alpha": 4.0},
+        cases=(
+            Case("MLP, gaussian", "MLP", {"target_modules": ["lin0", "lin1"], "shared_init": "gaussian"}),
+            Case("MLP, orthonormal", "MLP", {"target_modules": ["lin0", "lin1"], "shared_init": "orthonormal"}),
+            Case("MLP, scaled", "MLP", {"target_modules": ["lin0"], "alpha": 4.0, "dropout": 0.1}),
+            Case("MLP, stabilised", "MLP", {"target_modules": ["lin0"], "use_rslora": True, "r": 2}),
+            Case("MLP, trained A", "MLP", {"target_modules": ["lin0", "lin1"], "train_shared": True}),
+            Case("Conv1D, orthonormal", "EmbConv1D", {"target_modules": ["conv1d"], "shared_init": "orthonormal"}),
+        ),
+        language_model=({"target_modules": None}, {"target_modules": None, "shared_init": "orthonormal", "r": 4}),
+    ),
 }
 
 

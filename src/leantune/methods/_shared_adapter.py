@@ -138,6 +138,17 @@ class SharingModel(AdapterModel):
         del config
         return {"path": path, "given": self._given.get(path)}
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.sharing_layers().values() if not autocast_adapter_dtype else ():
+            # What trains follows the wish for the base's dtype; a frozen A keeps the bits that its tasks agree on.
+            if (
+                layer.has(adapter_name)
+                and layer.shared.trains
+                and layer.weight.dtype in (torch.float16, torch.bfloat16)
+            ):
+                layer.shared.to(layer.weight.dtype)
+
     def start_from_data(self, adapters: list[str], data: Calibration) -> None:
         """Compute the ``A`` of every layer that waits and has one of the tasks."""
         layers = self.sharing_layers()
