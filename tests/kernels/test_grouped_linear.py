@@ -264,6 +264,17 @@ def test_float32_factors_beside_a_weight_of_16_bits(dtype: torch.dtype) -> None:
         assert_close(value, true, torch.float32, 4, 10, what="gradient of B")
 
 
+@pytest.mark.parametrize("function", [grouped_linear, add_to_base])
+@pytest.mark.parametrize("assignment", [[0, 0], [None, 0]])
+def test_a_share_finer_than_16_bits_is_seen_in_the_output(function: Any, assignment: list[int | None]) -> None:
+    """A base of -1 and a share a little above 1, which 16 bits cannot tell from 1: the sum is the difference."""
+    fine = torch.finfo(torch.bfloat16).eps / 8
+    x, weight = torch.ones(2, 1, dtype=torch.bfloat16), torch.full((1, 1), -1.0, dtype=torch.bfloat16)
+    factor = torch.full((1, 1), 1 + fine)
+    y = function(x, weight, None, torch.ones(1, 1), (factor,), (1.0,), RowGroups.of(assignment, 1, CPU))
+    assert_same(y[1], torch.full((1,), fine, dtype=torch.bfloat16), "output")
+
+
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
 def test_any_memory_layout(layout: str) -> None:
     case = make([1, 0, 1], 2, middle=(3,))

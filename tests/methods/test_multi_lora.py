@@ -170,6 +170,8 @@ def test_dropout_keeps_the_mean() -> None:
     x = torch.ones(3, 50, 40)
     dropped = rows.dropped(x, "a", 0.25, "key")
     assert_same(dropped[1], x[1], "another task's row")
+    assert_differs(RowTasks(["b", "a", "b"], step=0).dropped(x, "b", 0.25, "key"), dropped, "another task's mask")
+    assert_differs(rows.dropped(x, "a", 0.25, "another layer"), dropped, "another layer's mask")
     kept = dropped[[0, 2]]
     assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     # 4000 entries: five standard deviations of their mean.
@@ -183,7 +185,10 @@ def test_scaling_is_each_tasks_own() -> None:
     with torch.no_grad():
         for layer in layers.values():
             layer.factor("loud").copy_(layer.factor("cola") / 3)
-    assert_close(alone(model, "loud", ids), alone(model, "cola", ids), torch.float64, 64, 8, what="alpha three times")
+    quiet = alone(model, "cola", ids)
+    assert_close(alone(model, "loud", ids), quiet, torch.float64, 64, 8, what="alpha three times")
+    model.set_row_tasks(["cola", "loud", "cola"])
+    assert_close(no_grad_logits(model, ids), quiet, torch.float64, 64, 8, what="both in one batch")
     stabilised = MultiLoraConfig(r=4, alpha=8.0, use_rslora=True)
     assert (stabilised.scaling, MultiLoraConfig(r=4, alpha=8.0).scaling) == (4.0, 2.0)
 

@@ -168,7 +168,8 @@ class _GroupedLinear(torch.autograd.Function):
             _add_product(rows[part], z[part], factor.t(), scale)
         if groups.order is not None:
             y.index_copy_(0, groups.order, rows.view(len(groups.order), *y.shape[1:]))
-        ctx.save_for_backward(z, weight, shared, *((x,) if ctx.needs_input_grad[3] else ()), *factors)
+        ctx.keeps_input = ctx.needs_input_grad[3]
+        ctx.save_for_backward(z, weight, shared, *((x,) if ctx.keeps_input else ()), *factors)
         ctx.scaling, ctx.groups = scaling, groups
         return y
 
@@ -177,7 +178,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         z, weight, shared, *rest = ctx.saved_tensors
         groups: RowGroups = ctx.groups
-        x = rest.pop(0) if ctx.needs_input_grad[3] else None
+        x = rest.pop(0) if ctx.keeps_input else None
         factors: list[Tensor] = rest
         seen = _sorted(grad_y, groups.order).to(z.dtype)
         grad_z = torch.empty_like(z)
