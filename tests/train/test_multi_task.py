@@ -117,3 +117,147 @@ def test_ctrl_c_keeps_every_task(decoder: dict[str, Any], tmp_path: Path) -> Non
     assert (stopped.folder / "adapter" / "beta" / "adapter_config.json").is_file()
     resume(decoder["out"], progress=False)
     assert_same_tasks(decoder["out"], tmp_path / "whole", list(decoder["tasks"]))
+
+
+def test_a_task_added_later_trains_over_the_stored_projection(decoder: dict[str, Any], tmp_path: Path) -> None:
+    first = run({**decoder, "seed": 3})
+    tasks = {"delta": {**decoder["tasks"]["gamma"], "eval_data": None}}
+    options = {**decoder["method_options"], "shared_from": str(first.folder)}
+    later = run({**decoder, "tasks": tasks, "method_options": options, "out": tmp_path / "later", "seed": 4})
+    old, new = (
+        load_file(folder / "adapter" / name / "adapter_model.safetensors")
+        for folder, name in ((first.folder, "alpha"), (later.folder, "delta"))
+    )
+    shared = [key for key in old if "shared" in key]
+    assert shared
+    assert all(torch.equal(old[key], new[key]) for key in shared)
+    assert later.summary["trainable_parameters"] == sum(new[key].numel() for key in new if key not in shared)
+
+
+def test_a_shared_projection_that_trains_goes_on_bit_for_bit(encoder: dict[str, Any], tmp_path: Path) -> None:
+    options = {**encoder["method_options"], "train_shared": True}
+    values = {**encoder, "method_options": options, "save_steps": 2, "schedule": "linear"}
+    whole = run({**values, "out": tmp_path / "whole"})
+    with pytest.MonkeyPatch.context() as patch:
+        act_at(4, patch, kill)
+        with pytest.raises(Killed):
+            run(values)
+    resume(values["out"], progress=False)
+    assert_same_tasks(values["out"], tmp_path / "whole", list(values["tasks"]))
+    owned = sum(task["trainable_parameters"] for task in whole.summary["tasks"].values())
+    assert whole.summary["trainable_parameters"] == owned + whole.summary["task_parameters"]["shared"]
+    start = run({**values, "out": tmp_path / "start", "lr": 1e-12, "max_steps": 1})
+    files = [each.folder / "adapter" / "pair" / "adapter_model.safetensors" for each in (whole, start)]
+    moved, fresh = (load_file(path) for path in files)
+    assert all(not torch.allclose(moved[key], fresh[key]) for key in fresh if "shared" in key)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthonormal", "activation_pca"])
+def test_every_start_of_the_projection(encoder: dict[str, Any], start: str) -> None:
+    options = {**encoder["method_options"], "shared_init": start}
+    done = run({**encoder, "method_options": options, "gradient_checkpointing": True})
+    assert all(task["steps"] > 0 for task in done.summary["tasks"].values())
+    assert ("calibration" in done.summary) == (start == "activation_pca")
+
+
+def test_dropout_of_the_base_is_off_and_that_of_the_method_is_keyed(bert_folder: Path, tmp_path: Path) -> None:
+    values = settings(bert_folder, "bert", head_tasks(tmp_path), tmp_path / "one")
+    values["method_options"] = {**values["method_options"], "dropout": 0.3}
+    run(values)
+    run({**values, "out": tmp_path / "two"})
+    assert_same_tasks(tmp_path / "one", tmp_path / "two", list(values["tasks"]))
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "a method without tasks": ({"method": "lora", "method_options": {}}, "lora trains one task"),
+    "kinds that do not mix": ({"task": "masked-lm"}, "of the kind masked-lm"),
+    "rows of all": ({"eval_data": "x.jsonl"}, "tasks.NAME.eval_data"),
+    "other data": ({"data": "x.jsonl"}, "drop data"),
+    "packing": ({"packing": True}, "drop packing"),
+    "streaming": ({"streaming": True}, "drop streaming"),
+    "by length": ({"group_by_length": True}, "drop group_by_length"),
+    "temperature": ({"task_temperature": 3.0}, "task_sampling: temperature"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_go_with_tasks_is_refused(decoder: dict[str, Any], case: str) -> None:
+    changes, said = WRONG[case]
+    with pytest.raises(ConfigError) as error:
+        RunConfig(**{**decoder, **changes})
+    assert said in str(error.value)
+
+
+def test_language_tasks_beside_heads_are_refused_with_their_names(decoder: dict[str, Any], tmp_path: Path) -> None:
+    tasks = {**decoder["tasks"], **head_tasks(tmp_path)}
+    with pytest.raises(ConfigError) as error:
+        RunConfig(**{**decoder, "tasks": tasks})
+    assert "language modelling (alpha, beta, gamma) beside heads (pair, triple, stars)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "_x", "default", "a/b", "é", "x" * 65])
+def test_names_that_no_adapter_can_have(decoder: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        RunConfig(**{**decoder, "tasks": {name: decoder["tasks"]["alpha"]}})
+    assert f"task '{name}'" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["layers", "keys", "multi", "q_proj", "weight", "myscore", "classifier"])
+def test_names_that_the_model_has_already(decoder: dict[str, Any], name: str) -> None:
+    tasks = {"fine": decoder["tasks"]["alpha"], name: decoder["tasks"]["beta"]}
+    with pytest.raises(ConfigError) as error:
+        run({**decoder, "tasks": tasks})
+    assert f"task '{name}'" in str(error.value)
+    assert "'fine'" not in str(error.value)
+
+
+def test_names_told_apart_by_case_alone(decoder: dict[str, Any]) -> None:
+    tasks = {"Alpha": decoder["tasks"]["alpha"], "alpha": decoder["tasks"]["beta"]}
+    with pytest.raises(ConfigError, match="upper and lower case"):
+        RunConfig(**{**decoder, "tasks": tasks})
+
+
+def test_a_name_that_stands_twice_in_a_recipe(decoder: dict[str, Any], tmp_path: Path) -> None:
+    recipe = tmp_path / "twice.yaml"
+    recipe.write_text("model: m\nout: o\nmethod: multi-lora\ntasks:\n  a: x.jsonl\n  a: y.jsonl\n")
+    with pytest.raises(ConfigError, match="'a' stands twice"):
+        RunConfig.from_yaml(recipe)
+
+
+def test_a_recipe_is_read_back_as_it_was(decoder: dict[str, Any], tmp_path: Path) -> None:
+    config = RunConfig(**{**decoder, "tasks": {**decoder["tasks"], "plain": decoder["tasks"]["alpha"]["data"]}})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(config.to_yaml())
+    assert RunConfig.from_yaml(path) == config
+    again = RunConfig.from_yaml(path, ["task=alpha=other.jsonl", "tasks.beta.lr=0.5", "tasks.beta.schedule=linear"])
+    assert again.data == Path("other.jsonl")
+    assert again.tasks["alpha"].eval_data == config.tasks["alpha"].eval_data
+    assert (again.tasks["beta"].lr, again.tasks["beta"].schedule) == (0.5, "linear")
+
+
+def test_bad_rows_are_named_with_their_task(decoder: dict[str, Any], tmp_path: Path) -> None:
+    tasks = {name: {"data": str(tmp_path / f"no-{name}.jsonl")} for name in ("one", "two")}
+    with pytest.raises(DataError) as error:
+        run({**decoder, "tasks": tasks})
+    assert "task 'one'" in str(error.value)
+    assert "task 'two'" in str(error.value)
+
+
+def test_one_of_the_tasks_must_be_named(decoder: dict[str, Any]) -> None:
+    done = run({**decoder, "max_steps": 1})
+    with pytest.raises(RunError, match="--adapter TASK"):
+        Run.open(done.folder).load()
+    with pytest.raises(LeantuneError, match="alpha, beta, gamma"):
+        import leantune
+
+        leantune.load(decoder["model"], done.folder)
+    with pytest.raises(RunError, match="did you mean 'alpha'"):
+        Run.open(done.folder, "alpa")
+
+
+def test_the_dry_run_tells_the_tasks(given: dict[str, Any]) -> None:
+    found = dry_run(RunConfig(**given))
+    assert list(found["tasks"]) == list(given["tasks"])
+    assert found["task_parameters"]["tasks"] == 3
+    assert found["learning_rate"]["tasks"].keys() == found["tasks"].keys()
+    assert not given["out"].exists()

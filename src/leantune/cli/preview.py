@@ -100,6 +100,11 @@ def _print_steps(out: Console, found: dict[str, Any]) -> None:
 
 
 def _print_rate(out: Console, rate: dict[str, Any]) -> None:
+    if "tasks" in rate:
+        for place, (name, task) in enumerate(rate["tasks"].items()):
+            text = f"{name}: {task['peak']:g}, {task['schedule']}, {task['warmup_steps']:,} warm-up steps"
+            _line(out, "" if place else "lr", f"{text}; takes part in {task['steps']:,} steps")
+        return
     own = " (the method's own default)" if rate["is_default"] else ""
     warmup = f"{rate['warmup_steps']:,} warm-up steps"
     _line(out, "lr", f"{rate['peak']:g}{own}, {rate['schedule']}, {warmup}, {rate['optimizer']}")

@@ -6,6 +6,7 @@ come from the trainer that would train, not from a copy of its arithmetic.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -26,6 +27,7 @@ from leantune.train.folder import ADAPTER, CHECKPOINTS, CONFIG, MODEL, PICTURE
 from leantune.train.meter import Meter
 from leantune.train.record import METRICS, RECORD, plain
 from leantune.train.setup import Prepared, prepare
+from leantune.train.task_trainer import TaskTrainer
 from leantune.train.tracker import check_trackers
 from leantune.train.trainer import LeanTrainer
 
@@ -181,7 +183,20 @@ def _learning_rate(config: RunConfig, trainer: LeanTrainer, steps: int) -> dict[
         "optimizer": type(trainer.optimizer).__name__,
         "weight_decay": config.weight_decay,
         "clip": config.clip,
+        **_rates_by_task(trainer, steps),
     }
+
+
+def _rates_by_task(trainer: LeanTrainer, steps: int) -> dict[str, Any]:
+    """Of several tasks each one's peak rate, course, and the steps it takes part in; nothing of one."""
+    if not isinstance(trainer, TaskTrainer):
+        return {}
+    facts = {}
+    for (name, task), own in zip(trainer.tasks.items(), trainer.steps_by_task(steps), strict=True):
+        config = task.config
+        warmup = math.ceil(config.warmup_ratio * own)
+        facts[name] = {"peak": config.learning_rate, "schedule": config.schedule, "warmup_steps": warmup, "steps": own}
+    return {"tasks": facts}
 
 
 def _writes(config: RunConfig, prepared: Prepared, trained_bytes: int, steps: int) -> list[dict[str, Any]]:

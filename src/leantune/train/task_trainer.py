@@ -74,7 +74,7 @@ class TaskTrainer(LeanTrainer):
         self._losses = torch.zeros(len(self.names), dtype=torch.float64)
         self._norms: list[float | None] = []
         self._passes_begun = 0
-        plan = with_tasks(plan if plan is not None else TrainingPlan())
+        plan = dataclasses.replace(with_tasks(plan or TrainingPlan()), scheduler=self._schedule)
         kind = "causal-lm" if not tasks[0].has_head else "classification"
         super().__init__(model=model, plan=plan, **{**keywords, "task": kind})
         if self.args.world_size > 1 or self.args.n_gpu > 1:
@@ -195,19 +195,16 @@ class TaskTrainer(LeanTrainer):
         groups, self._group_owners = parameter_groups(owned, decayed, decay)
         return groups
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    def _schedule(self, optimizer: torch.optim.Optimizer, steps: int, arguments: Any) -> TaskSchedule:
         """The schedule of each task, over the steps that it will take part in."""
-        if self.lr_scheduler is None:
-            shapes = []
-            for task, steps in zip(self.tasks.values(), self.steps_by_task(num_training_steps), strict=True):
-                warmup = math.ceil(task.config.warmup_ratio * steps)
-                shapes.append(schedule_shape(SCHEDULES[task.config.schedule], warmup, steps))
-            if self.shared:
-                warmup = self.args.get_warmup_steps(num_training_steps)
-                shapes.append(schedule_shape(str(self.args.lr_scheduler_type.value), warmup, num_training_steps))
-            chosen = cast(torch.optim.Optimizer, optimizer or self.optimizer)
-            self.lr_scheduler = TaskSchedule(chosen, self._group_owners, shapes, self.present)
-        return self.lr_scheduler
+        shapes = []
+        for task, own in zip(self.tasks.values(), self.steps_by_task(steps), strict=True):
+            warmup = math.ceil(task.config.warmup_ratio * own)
+            shapes.append(schedule_shape(SCHEDULES[task.config.schedule], warmup, own))
+        if self.shared:
+            name = str(arguments.lr_scheduler_type.value)
+            shapes.append(schedule_shape(name, arguments.get_warmup_steps(steps), steps))
+        return TaskSchedule(optimizer, self._group_owners, shapes, self.present)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """The norm of all gradients together, after each task's has been clipped by itself."""
