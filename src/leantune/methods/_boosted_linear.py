@@ -27,6 +27,7 @@ class XGBLoraLinear(AdapterLayer):
     def update_layer(self, adapter_name: str, config: Any, template: str | None, **kwargs: Any) -> None:
         """Create a fresh booster (noise in B when ``init_weights`` is False), and none that is finished."""
         own = Booster(self.out_features, self.in_features, config.r, config.scaling)
+        own.aligns = config.start == "gradient"
         own.start(config.seed, kwargs["path"], 0)
         if not config.init_weights:
             nn.init.normal_(own.B, std=0.02)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leantune.methods._booster_start import aligned_share
 from leantune.methods._selection import seeded
 
 NO_ROUND = -1
@@ -27,6 +28,7 @@ class Booster(nn.Module):
         round: the round that the booster in training belongs to, ``(1,)``; -1 outside of a round.
         scaling: of the booster in training, ``alpha / r``.
         resting: another block trains in this round: the booster in training is zero and stays so.
+        aligns: the booster in training takes its ``A`` from the gradient that it meets first.
         span: the rounds that count; None means all.
         working: ``W0 + kept_B kept_A`` in the base's dtype, where finished boosters are folded.
     """
@@ -48,6 +50,8 @@ class Booster(nn.Module):
         self.register_buffer("working", None, persistent=False)
         self.scaling = scaling
         self.resting = False
+        self.aligns = False
+        self._moved = False
         self.span: Span | None = None
         self._counting: slice | None = None
         self._current = True
@@ -74,6 +78,7 @@ class Booster(nn.Module):
         noise = torch.rand(self.A.shape, generator=seeded("xgblora", "A", seed, path, number), dtype=torch.float64)
         self.A.copy_((2 * noise - 1) / self.A.shape[1] ** 0.5)
         self.B.zero_()
+        self._moved = False
 
     @torch.no_grad()
     def keep(self, number: int, factor: float) -> None:
@@ -147,8 +152,18 @@ class Booster(nn.Module):
             kept = nn.functional.linear(nn.functional.linear(x, A), B)
         if not self.current_counts:
             return kept
-        own = nn.functional.linear(nn.functional.linear(x, self.A), self.B) * self.scaling
+        if self._meets_first_gradient():
+            own = aligned_share(x, self)
+        else:
+            own = nn.functional.linear(nn.functional.linear(x, self.A), self.B) * self.scaling
         return own if kept is None else kept + own
+
+    def _meets_first_gradient(self) -> bool:
+        if not self.aligns or self._moved or not self.training or not torch.is_grad_enabled():
+            return False
+        # Not asked again once the answer is yes: it would have a GPU waited for in every forward.
+        self._moved = bool(self.B.any())
+        return not self._moved
 
     @torch.no_grad()
     def fold(self, weight: Tensor) -> None:
@@ -182,6 +197,6 @@ class Booster(nn.Module):
             self.kept_A = self.kept_A.new_zeros(count, self.kept_A.shape[1])
             self.kept_B = self.kept_B.new_zeros(self.kept_B.shape[0], count)
             self.kept_round = self.kept_round.new_zeros(count)
-        self.working = None
+        self.working, self._moved = None, False
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.count(self.span)

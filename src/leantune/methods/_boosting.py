@@ -7,7 +7,7 @@ booster is in training, and in which round), so that a resumed run goes on in th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -16,6 +16,7 @@ from typing_extensions import override
 from leantune.core.errors import MethodError, describe
 from leantune.methods._block import BlockSampler, block_of
 from leantune.methods._booster import NO_ROUND, Booster
+from leantune.methods._line_search import search_boosters
 
 
 class Boosting(TrainerCallback):
@@ -48,6 +49,7 @@ class Boosting(TrainerCallback):
         self._rates: list[Any] = []
         self._factor = 1.0
         self._told: dict[str, Any] = {}
+        self._step_loss: Callable[[], float] | None = None
 
     def booster(self, path: str) -> Booster:
         """The boosters of a layer."""
@@ -65,6 +67,9 @@ class Boosting(TrainerCallback):
         """Take up the rounds where the adapter and the step say they are."""
         self._require_one_process(args)
         self._require_all(keywords.get("optimizer"))
+        if self.config.line_search and self._step_loss is None:
+            got = "line_search in a Trainer that does not give the loss of a step's batches"
+            raise MethodError(describe("XGBLoRA", got, "leantune's own trainer", "use leantune train, or leave it out"))
         done, within = divmod(state.global_step, self.config.steps_per_round)
         if state.global_step == 0:
             self._settle_before()
@@ -166,7 +171,7 @@ class Boosting(TrainerCallback):
         done, within = divmod(state.global_step, self.config.steps_per_round)
         if within:
             return control
-        self._keep()
+        self._keep(self._scale())
         self._forget(keywords.get("optimizer"))
         if self.config.eval_rounds or self.config.early_stopping_rounds:
             control.should_evaluate |= done % (self.config.eval_rounds or 1) == 0
@@ -174,10 +179,22 @@ class Boosting(TrainerCallback):
             control.should_training_stop = True
         return control
 
-    def _keep(self) -> None:
+    def take_step_loss(self, compute: Callable[[], float]) -> None:
+        """Be given what computes the loss of the newest step's batches, for the line search."""
+        self._step_loss = compute
+
+    def _scale(self) -> float:
+        """How much of the finished boosters to keep, by the loss on the last batches they were trained on."""
+        if self._step_loss is None:
+            return 1.0
+        found = search_boosters([own for _, own in self.boosters() if int(own.round) != NO_ROUND], self._step_loss)
+        self._told["step_scale"] = found.scale
+        return found.scale
+
+    def _keep(self, scale: float = 1.0) -> None:
         for path, own in self.boosters():
             if int(own.round) != NO_ROUND:
-                own.keep(int(own.round), self.config.shrinkage)
+                own.keep(int(own.round), self.config.shrinkage * scale)
                 self._fold(path)
 
     def _fold(self, path: str) -> None:

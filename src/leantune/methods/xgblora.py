@@ -25,17 +25,18 @@ from peft import get_peft_model
 from torch import nn
 
 from leantune.core.errors import ConfigError, MethodError, describe, did_you_mean, raise_all
-from leantune.methods._base import AdapterConfig, AdapterModel
+from leantune.methods._base import AdapterModel
 from leantune.methods._block import SAMPLINGS, block_of
 from leantune.methods._boosted_linear import XGBLoraLinear
 from leantune.methods._boosting import Boosting
+from leantune.methods._boosting_option import PRESETS, BoostingOptions
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
 from leantune.methods._plan import TrainingPlan
 from leantune.methods._registry import Method, register
 
 
 @dataclass
-class XGBLoraConfig(AdapterConfig):
+class XGBLoraConfig(BoostingOptions):
     """Options of XGBLoRA; its defaults are ours, since the paper's main body is not public.
 
     Raises:
@@ -130,7 +131,7 @@ class XGBLoraConfig(AdapterConfig):
             near = did_you_mean(str(self.block_sampling), SAMPLINGS)
             wanted = "one of " + ", ".join(SAMPLINGS)
             problems.append(describe("XGBLoraConfig.block_sampling", repr(self.block_sampling), wanted, near))
-        raise_all(problems, ConfigError)
+        raise_all([*problems, *self.option_problems()], ConfigError)
 
     @property
     def scaling(self) -> float:
@@ -214,7 +215,13 @@ def _plan(model: nn.Module) -> TrainingPlan:
     adapter = cast(Any, model).active_adapters[0]
     boosting = Boosting(model, adapter)
     stops = "early_stopping_rounds needs a validation loss" if boosting.config.early_stopping_rounds else ""
-    return TrainingPlan(callbacks=[boosting], needs_evaluation=stops, is_settled=lambda: boosting.settled)
+    take_loss = boosting.take_step_loss if boosting.config.line_search else None
+    return TrainingPlan(
+        callbacks=[boosting],
+        needs_evaluation=stops,
+        is_settled=lambda: boosting.settled,
+        take_step_loss=take_loss,
+    )
 
 
 def _apply(model: nn.Module, config: XGBLoraConfig) -> nn.Module:
@@ -236,3 +243,5 @@ METHOD = register(
         toy_options={"r": 2, "blocks_per_round": 1, "steps_per_round": 2},
     )
 )
+for _name, _preset in PRESETS.items():
+    register(METHOD.preset(_name, **_preset))
