@@ -34,6 +34,9 @@ CASES: dict[str, dict[str, Any]] = {
     "accumulated": {"gradient_accumulation": 2, "group_by_length": True, "logits": "all"},
     "lora": {"method": "lora", "method_options": {"r": 2, "target_modules": ["q_proj", "down_proj"]}},
     "full": {"method": "full", "method_options": {}},
+    # A start from rows that the processes share out; SGD's step depends on the size of the gradient too.
+    "lora-sb": {"method": "lora-sb", "method_options": {"r": 4}, "warmup_ratio": 0.0, "lr": 0.01},
+    "lora-sb, sgd": {"method": "lora-sb", "method_options": {"r": 4}, "optimizer": "sgd", "lr": 1.0},
     "checkpointing": {"gradient_checkpointing": True},
     "bfloat16": {"dtype": "bfloat16", "optimizer": "sgd", "lr": 1.0},
     "head": {"task": "classification", "data": "films.jsonl", "eval_data": "few.jsonl"},
