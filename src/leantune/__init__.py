@@ -24,6 +24,7 @@ _PUBLIC = {
     "MultiLoraConfig": "leantune.methods.multi_lora",
     "XGBLoraConfig": "leantune.methods.xgblora",
     "SpFTConfig": "leantune.methods.spft",
+    "LoReFTConfig": "leantune.methods.loreft",
     "BottleneckConfig": "leantune.methods.bottleneck",
     "FullConfig": "leantune.methods.full",
     "Method": "leantune.methods",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from leantune.core import prompt
 from leantune.core.errors import DataError, describe
 from leantune.data import NO_LOSS
 from leantune.evaluate.mode import device_of, evaluating
@@ -83,7 +84,7 @@ def _token_nats(model: Any, batch: dict[str, Any], shift: bool) -> tuple[torch.T
         selected[:, :-1] = labels[:, 1:] != NO_LOSS
         targets = labels[:, 1:][selected[:, :-1]]
         batch["use_cache"] = False
-    with _only_positions(model, selected) as seen:
+    with _only_positions(model, selected) as seen, prompt.told_by(labels if shift else None):
         output = model(**batch)
     logits = output.logits[0] if seen else output.logits[selected]
     nats = [

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from leantune.core import prompt
 from leantune.core.errors import ModelError, describe
 
 IGNORED = -100
@@ -151,14 +152,15 @@ def _not_selectable(model: nn.Module, why: str) -> ModelError:
 
 def selected_losses(model: nn.Module, inputs: dict[str, Any], selection: Selection) -> Tensor:
     """``(N,)`` losses in nats, by a forward pass that computes logits only at the selection."""
-    with selected_logits(model, selection):
+    with selected_logits(model, selection), prompt.told_by(selection.labels):
         logits = model(**inputs).logits
     return token_losses(logits.squeeze(0), selection.target)
 
 
 def dense_losses(model: nn.Module, inputs: dict[str, Any], selection: Selection) -> Tensor:
     """``(N,)`` losses in nats, by a forward pass that computes logits at every position."""
-    logits = model(**inputs).logits
+    with prompt.told_by(selection.labels):
+        logits = model(**inputs).logits
     return token_losses(logits.flatten(0, 1)[selection.index], selection.target)
 
 
