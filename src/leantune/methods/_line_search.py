@@ -1,10 +1,10 @@
 r"""How far to go along a direction: the scale of a finished booster, by a few evaluations of a loss.
 
-``phi(s)`` is the loss with the booster at ``s`` times what was trained. Three points decide a parabola, whose lowest
-point is tried next; where there is none, the golden section of the longer neighbouring interval is; a best point at
-the right end moves the end out. For a loss that is quadratic along the direction, such as least squares, the first
-parabola is the loss itself and its lowest point the optimum. The scale returned is one that was evaluated, so that it
-is never worse than ``s = 1`` on the batch that was measured.
+``phi(s)`` is the loss with the booster at ``s`` times what was trained. The three points around the best one decide a
+parabola, whose lowest point is tried next; where there is none, the golden section of the longer neighbouring interval
+is, or twice a best point that stands at the right end. For a loss that is quadratic along the direction, such as least
+squares, the first parabola is the loss itself and its lowest point the optimum. The scale returned is one that was
+evaluated, so that it is never worse than ``s = 1`` on the batch that was measured.
 """
 
 from __future__ import annotations
@@ -68,16 +68,17 @@ def _next(points: list[tuple[float, float]], largest: float) -> float | None:
     """Where to look next, among points sorted by scale; None where nothing is left to find."""
     place = min(range(len(points)), key=lambda index: points[index][1])
     best = points[place][0]
+    first = min(max(place - 1, 0), len(points) - 3)
+    vertex = _vertex(points[first : first + 3])
+    if vertex is not None:
+        scale = min(max(vertex, 0.0), largest)
+        # Where the parabola agrees with what is known, this is the place.
+        return scale if min(abs(scale - other) for other, _ in points) > _CLOSE else None
     if place == len(points) - 1:
         return None if best >= largest else min(2 * best, largest)
-    if place == 0:
-        return _GOLDEN * points[1][0] if points[1][0] > _CLOSE else None
-    (left, _), (right, _) = points[place - 1], points[place + 1]
-    vertex = _vertex(points[place - 1 : place + 2])
-    if vertex is not None and left < vertex < right:
-        # The parabola agrees with what is known: this is the place.
-        return vertex if min(abs(vertex - scale) for scale, _ in points) > _CLOSE else None
-    return best + _GOLDEN * (right - best if right - best > best - left else left - best)
+    right = points[place + 1][0]
+    left = points[place - 1][0] if place else best
+    return best + _GOLDEN * (right - best if right - best >= best - left else left - best)
 
 
 def _vertex(points: list[tuple[float, float]]) -> float | None:
