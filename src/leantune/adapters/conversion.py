@@ -259,6 +259,8 @@ def _refuse_more_than_lora(model: PeftModel, adapter_name: str, modules: list[tu
     problems = []
     where = f"adapter '{adapter_name}'"
     instead = "merge it into the base instead (leantune merge)"
+    if reason := adapter_folder.no_change_of_weights(config):
+        raise AdapterError(describe(where, reason, "a change of weights", "keep the adapter beside the base"))
     if whole := layers.extra_modules(model, adapter_name):
         got = f"trains whole modules beside the adapter ({', '.join(whole)})"
         problems.append(describe(where, got, "B A alone, which is all a plain LoRA can hold", instead))

@@ -168,6 +168,15 @@ def method_name(config: PeftConfig) -> str:
         return str(getattr(config.peft_type, "value", config.peft_type)).lower()
 
 
+def no_change_of_weights(config: PeftConfig) -> str:
+    """Why an adapter of this config can neither be merged nor be a LoRA; empty where it can."""
+    try:
+        method = methods.of_config(config)
+    except LeantuneError:
+        return f"{method_name(config)} is no change of weights" if config.is_prompt_learning else ""
+    return "" if method.mergeable else method.cannot_merge or f"{method.name} is no change of weights"
+
+
 def load(
     base_model: nn.Module | BaseModel | str | None,
     folder: str | Path,

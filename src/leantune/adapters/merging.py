@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from leantune import __version__, methods
+from leantune import __version__
 from leantune.adapters import card as model_card
 from leantune.adapters import folder as adapter_folder
 from leantune.adapters import layer as layers
@@ -25,7 +25,7 @@ from leantune.adapters import parity, record, skeleton
 from leantune.adapters.conversion import refuse_occupied
 from leantune.core import packed_weight
 from leantune.core.atomic import new_folder, write_text
-from leantune.core.errors import AdapterError, LeantuneError, describe, raise_all
+from leantune.core.errors import AdapterError, describe, raise_all
 from leantune.models.quantisation import weight_reader
 
 if TYPE_CHECKING:
@@ -123,16 +123,8 @@ def refuse_unmergeable(model: PeftModel, adapter_name: str) -> None:
     inner = model.get_base_model()
     where = f"adapter '{adapter_name}'"
     problems = []
-    reason = ""
-    try:
-        method = methods.of_config(config)
-        mergeable, reason = method.mergeable, method.cannot_merge
-    except LeantuneError:
-        mergeable = not config.is_prompt_learning
-    if not mergeable:
-        name = adapter_folder.method_name(config)
-        got = reason or f"{name} is no change of weights"
-        problems.append(describe(where, got, "a change of weights", "keep the adapter beside the base"))
+    if reason := adapter_folder.no_change_of_weights(config):
+        problems.append(describe(where, reason, "a change of weights", "keep the adapter beside the base"))
     marked = getattr(inner, "hf_quantizer", None) is not None or getattr(inner, "is_quantized", False)
     if marked and not any(map(packed_weight.is_packed, inner.modules())):
         problems.append(
