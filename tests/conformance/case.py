@@ -114,6 +114,55 @@ OWN: Mapping[str, Own] = {
             {"target_modules": None, "r": "auto", "rank_budget": 4, "split": "core"},
         ),
     ),
+    "xgblora": Own(
+        second={"seed": 1},
+        cases=(
+            Case("MLP, wider boosters", "MLP", {"target_modules": ["lin0", "lin1"], "r": 3, "alpha": 4.0}),
+            Case("MLP, shrunk", "MLP", {"target_modules": ["lin0"], "shrinkage": 0.5, "fold": True}),
+            Case("Conv1D, wider boosters", "EmbConv1D", {"target_modules": ["conv1d"], "r": 2}),
+        ),
+    ),
+    "spft": Own(
+        # The default share is one entry of such a layer, which a ReLU may well leave dead.
+        options={"ratio": 0.5},
+        second={"seed": 1},
+        cases=(
+            Case("MLP, by weight", "MLP", {"target_modules": ["lin0", "lin1"], "selection": "weight"}),
+            Case(
+                "MLP, smallest", "MLP", {"target_modules": ["lin0", "lin1"], "selection": "weight", "order": "smallest"}
+            ),
+            Case("MLP, all entries", "MLP", {"target_modules": ["lin0", "lin1"], "ratio": 1.0}),
+            Case("MLP, as LoRA", "MLP", {"target_modules": ["lin0"], "ratio": None, "match_lora_rank": 2}),
+            Case("Conv1D, by weight", "EmbConv1D", {"target_modules": ["conv1d"], "selection": "weight"}),
+        ),
+        language_model=(
+            {"target_modules": None, "ratio": 0.02},
+            {"target_modules": None, "ratio": 0.1, "selection": "weight"},
+        ),
+    ),
+    "series-adapter": Own(
+        options={"bottleneck_size": 4},
+        second={"bottleneck_size": 3},
+        cases=(
+            Case("MLP, with biases", "MLP", {"target_modules": ["lin0", "lin1"], "with_bias": True}),
+            Case("MLP, relu, scaled", "MLP", {"target_modules": ["lin0"], "non_linearity": "relu", "scaling": 2.0}),
+            Case("MLP, parallel", "MLP", {"target_modules": ["lin0", "lin1"], "placement": "parallel"}),
+            Case("Conv1D, parallel", "EmbConv1D", {"target_modules": ["conv1d", "lin0"], "placement": "parallel"}),
+        ),
+        language_model=({"target_modules": None}, {"target_modules": None, "placement": "parallel"}),
+    ),
+    "loreft": Own(
+        second={"r": 3},
+        cases=(
+            Case("MLP, rank one", "MLP", {"target_modules": ["lin0", "lin1"], "r": 1}),
+            Case("Conv1D, rank two", "EmbConv1D", {"target_modules": ["conv1d"], "r": 2}),
+        ),
+        language_model=(
+            {"target_modules": None},
+            {"target_modules": None, "positions": "f1+l2", "share_weights": False},
+            {"target_modules": "all-linear", "positions": "l3"},
+        ),
+    ),
     "multi-lora": Own(
         # Both tasks take the A of the first, so what may differ is their scale.
         second={"alpha": 4.0},
