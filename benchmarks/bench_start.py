@@ -70,10 +70,10 @@ def _adapted(base: Any, **options: Any) -> Any:
     return get_peft_model(base, LoraXSConfig(r=RANK, init_weights="update_svd", **options))
 
 
-def _batches(rows: int, batch: int, vocabulary: int) -> list[dict[str, Any]]:
+def _batches(rows: int, batch: int, vocabulary: int, length: int = LENGTH) -> list[dict[str, Any]]:
     import torch
 
-    ids = torch.randint(0, vocabulary, (rows, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": part, "labels": part} for part in ids.split(batch)]
 
 
@@ -84,7 +84,7 @@ def memory_cell(kind: str, layers: int, width: int) -> dict[str, Any]:
     import leantune
 
     model = _adapted(_llama(layers, width))
-    batches = _batches(4, 2, 1000)
+    batches = _batches(2, 2, 1000, 64)
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     weights = sum(module.weight.numel() for module in linear if module.out_features != 1000)
     # Every page of weights and factors is there before anything is measured.

@@ -38,7 +38,7 @@ STORED, RECOMPUTED, SHARED = FORMS = ("stored", "recomputed", "shared")
 TOLERANCE = 1e-4
 """By how much recomputed factors may differ from the stored ones, but for a rotation."""
 EXTRA = 8
-"""Probes beyond the rank: chance hides a wrong direction from so many with a likelihood of about ``TOLERANCE**8``."""
+"""Probes beyond the rank: they see what lies outside the span, and keep the least squares away from singular."""
 _PEFT = "base_model.model."
 
 
