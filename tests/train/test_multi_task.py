@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from leantune.data import read_rows
 from leantune.evaluate import evaluate
 from leantune.train import Run, RunConfig, dry_run, fit, resume
 from leantune.train.record import read_metrics
+from leantune.train.setup import prepare
 from train.multi_task_fixture import causal_tasks, head_tasks, settings
 from train.resume_fixture import Killed, act_at, interrupt, kill, metrics_of, state_of
 
@@ -261,3 +263,23 @@ def test_the_dry_run_tells_the_tasks(given: dict[str, Any]) -> None:
     assert found["task_parameters"]["tasks"] == 3
     assert found["learning_rate"]["tasks"].keys() == found["tasks"].keys()
     assert not given["out"].exists()
+
+
+def test_the_base_of_several_tasks_has_no_dropout(encoder: dict[str, Any], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(encoder["model"], base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.4, "classifier_dropout": 0.4}
+    (base / "config.json").write_text(json.dumps(config))
+    # Beside other rows a task's loss of the first step is what it is without them.
+    steps = []
+    for names in (["pair", "triple", "stars"], ["pair"]):
+        tasks = {name: encoder["tasks"][name] for name in names}
+        prepared = prepare(RunConfig(**{**encoder, "model": str(base), "tasks": tasks}).resolved())
+        trainer = prepared.trainer
+        rows = [example for example in trainer.train_dataset if example["task_index"] == 0][:3]
+        others = [example for example in trainer.train_dataset if example["task_index"] > 0][:3]
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, trainer.data_collator([*rows, *others]))
+        steps.append(float(trainer._losses[0]))
+    assert steps[0] == pytest.approx(steps[1], rel=1e-5)

@@ -6,9 +6,11 @@ from harness import Fault
 
 from mutant.boosting import BOOSTING_FAULTS
 from mutant.data import BATCH_FAULTS, ROW_FAULTS
+from mutant.factor_file import FACTOR_FILE_FAULTS
 from mutant.file import FILE_FAULTS, HUB_FAULTS
 from mutant.low_rank import LOW_RANK_FAULTS
 from mutant.method import KERNEL_FAULTS, LAYER_FAULTS, PACKED_FAULTS, REFERENCE_FAULTS
+from mutant.multi_task import TASK_FAULTS
 from mutant.selection import CALIBRATION_FAULTS, CHOICE_FAULTS
 from mutant.shared_factor import SHARED_FACTOR_FAULTS
 from mutant.structure import CONVOLUTION_FAULTS, EXPERT_FAULTS, STRUCTURE_FAULTS
@@ -33,6 +35,8 @@ FAULTS: tuple[Fault, ...] = (
     *BATCH_FAULTS,
     *LOW_RANK_FAULTS,
     *SHARED_FACTOR_FAULTS,
+    *FACTOR_FILE_FAULTS,
     *FILE_FAULTS,
     *HUB_FAULTS,
+    *TASK_FAULTS,
 )
