@@ -242,6 +242,20 @@ def test_training_goes_on_from_the_rounds_that_count(tmp_path: Path) -> None:
     assert_same(answer(model), staged[2], "logits of the rounds before")
 
 
+def test_the_best_of_the_checkpoints_may_be_taken_back(tmp_path: Path) -> None:
+    """transformers' own load_best_model_at_end puts an earlier checkpoint under the same adapter."""
+    model = wrap(early_stopping_rounds=9)
+    every = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    made = trainer(model, tmp_path, max_steps=12, learning_rate=8.0, load_best_model_at_end=True, **every)
+    made.train()
+    losses = [line["eval_loss"] for line in made.state.log_history if "eval_loss" in line]
+    best = min(range(6), key=lambda number: losses[number])
+    assert best < 5
+    config = model.peft_config["default"]
+    assert (config.best_iteration, config.num_boosted_rounds) == (best, best + 1)
+    assert made.evaluate()["eval_loss"] == losses[best]
+
+
 def test_what_was_trained_outside_of_rounds_is_not_lost(tmp_path: Path) -> None:
     model = wrap(init_weights=False)
     before = answer(model)
@@ -297,8 +311,14 @@ def test_an_optimizer_over_one_round_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("which", [{"world_size": 2}, {"fsdp": ["full_shard"]}, {"deepspeed": "zero.json"}])
 def test_several_processes_are_refused_in_one_sentence(which: dict[str, Any]) -> None:
-    arguments = SimpleNamespace(**{"world_size": 1, "deepspeed": None, "fsdp": [], **which})
+    arguments = SimpleNamespace(**{"world_size": 1, "deepspeed": None, "fsdp": [], "torch_compile": False, **which})
     with pytest.raises(MethodError, match="which processes that share gradients cannot follow; one process; train in"):
+        Boosting(wrap(), "default").on_train_begin(arguments, TrainerState(), None)  # type: ignore[arg-type]
+
+
+def test_compiling_is_refused() -> None:
+    arguments = SimpleNamespace(torch_compile=True)
+    with pytest.raises(MethodError, match="each round has another graph"):
         Boosting(wrap(), "default").on_train_begin(arguments, TrainerState(), None)  # type: ignore[arg-type]
 
 

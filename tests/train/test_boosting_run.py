@@ -78,11 +78,24 @@ def test_a_run_resumed_in_a_round_is_the_uninterrupted_one(settings: dict[str, A
         assert_same_run(folder, tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("options", "more", "rounds"),
+    [
+        ({"shrinkage": 0.5}, {}, 4),
+        ({"num_boost_round": 2}, {}, 2),
+        ({"early_stopping_rounds": 2}, {"lr": 2.0, "epochs": 30.0}, None),
+    ],
+)
 def test_a_run_killed_after_its_last_step_ends_as_the_uninterrupted_one(
-    settings: dict[str, Any], tmp_path: Path
+    settings: dict[str, Any],
+    rows_file: Path,
+    tmp_path: Path,
+    options: dict[str, Any],
+    more: dict[str, Any],
+    rounds: int | None,
 ) -> None:
-    settings |= {"method_options": {**OPTIONS, "shrinkage": 0.5}}
-    run({**settings, "out": tmp_path / "whole"})
+    settings |= {"method_options": {**OPTIONS, **options}, "eval_data": rows_file, **more}
+    whole = run({**settings, "out": tmp_path / "whole"})
     with pytest.MonkeyPatch.context() as patch:
         genuine = LeanTrainer.train
 
@@ -95,7 +108,8 @@ def test_a_run_killed_after_its_last_step_ends_as_the_uninterrupted_one(
             run(settings)
     resumed = resume(settings["out"], progress=False)
     assert_same_run(settings["out"], tmp_path / "whole")
-    assert resumed.summary["results"]["num_boosted_rounds"] == 4
+    assert resumed.summary["results"] == whole.summary["results"]
+    assert rounds in (None, resumed.summary["results"]["num_boosted_rounds"])
 
 
 def test_the_base_is_what_it_was_and_the_adapter_is_merged_and_exported(

@@ -45,6 +45,7 @@ class Boosting(TrainerCallback):
         self.sampler = BlockSampler(self.config.block_sampling, count, size, self.config.seed)
         self.settled = True
         self._offset = 0
+        self._has_begun = False
         self._undecided = False
         self._rates: list[Any] = []
         self._factor = 1.0
@@ -65,7 +66,7 @@ class Boosting(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
         """Take up the rounds where the adapter and the step say they are."""
-        self._require_one_process(args)
+        self._require_steady(args)
         self._require_all(keywords.get("optimizer"))
         if self.config.line_search and self._step_loss is None:
             got = "line_search in a Trainer that does not give the loss of a step's batches"
@@ -73,6 +74,8 @@ class Boosting(TrainerCallback):
         done, within = divmod(state.global_step, self.config.steps_per_round)
         if state.global_step == 0:
             self._settle_before()
+        self.tuner.set_iteration_range(None, self.adapter)
+        self._has_begun = True
         self._offset = self.tuner.num_boosted_rounds(self.adapter) - done
         number = self._offset + done
         training = [path for path, own in self.boosters() if within and int(own.round) == number]
@@ -175,9 +178,18 @@ class Boosting(TrainerCallback):
         self._forget(keywords.get("optimizer"))
         if self.config.eval_rounds or self.config.early_stopping_rounds:
             control.should_evaluate |= done % (self.config.eval_rounds or 1) == 0
-        if self.config.num_boost_round is not None and done >= self.config.num_boost_round:
-            control.should_training_stop = True
+        control.should_training_stop |= self.is_over(state)
         return control
+
+    def is_over(self, state: TrainerState) -> bool:
+        """Whether there are to be no more rounds: as many as were asked for, or enough without a lower loss."""
+        done, within = divmod(state.global_step, self.config.steps_per_round)
+        if within:
+            return False
+        if self.config.num_boost_round is not None and done >= self.config.num_boost_round:
+            return True
+        patience, best = self.config.early_stopping_rounds, self._best(state)
+        return patience is not None and best is not None and self._offset + done - 1 - best[0] >= patience
 
     def take_step_loss(self, compute: Callable[[], float]) -> None:
         """Be given what computes the loss of the newest step's batches, for the line search."""
@@ -206,11 +218,7 @@ class Boosting(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> TrainerControl:
         """Enough rounds without a lower validation loss end the training."""
-        patience, best = self.config.early_stopping_rounds, self._best(state)
-        if patience is not None and best is not None:
-            now = self._offset + state.global_step // self.config.steps_per_round - 1
-            if now - best[0] >= patience:
-                control.should_training_stop = True
+        control.should_training_stop |= self.is_over(state)
         return control
 
     def _best(self, state: TrainerState) -> tuple[int, float] | None:
@@ -219,7 +227,7 @@ class Boosting(TrainerCallback):
         scores = [
             (line["eval_loss"], self._offset + line["step"] // every - 1)
             for line in state.log_history
-            if "eval_loss" in line and line["step"] and line["step"] % every == 0
+            if line["step"] and line["step"] % every == 0 and math.isfinite(line.get("eval_loss", math.nan))
         ]
         return min(scores)[::-1] if scores else None
 
@@ -246,7 +254,9 @@ class Boosting(TrainerCallback):
         partial = any(int(own.round) != NO_ROUND for _, own in self.boosters())
         self._keep()
         rounds = self.tuner.num_boosted_rounds(self.adapter)
-        self._offset = rounds - math.ceil(state.global_step / self.config.steps_per_round)
+        if not self._has_begun:
+            # Nothing was left to train: the checkpoint's rounds are all there are.
+            self._offset = rounds - math.ceil(state.global_step / self.config.steps_per_round)
         self.config.num_boosted_rounds = rounds
         self.settled = not partial or self.config.shrinkage == 1
         best = self._best(state) if self.config.early_stopping_rounds is not None else None
@@ -280,7 +290,10 @@ class Boosting(TrainerCallback):
             do = "make it while all boosters have requires_grad, as the Trainer does"
             raise MethodError(describe("optimizer", got, "the boosters of all blocks", do))
 
-    def _require_one_process(self, args: TrainingArguments) -> None:
+    def _require_steady(self, args: TrainingArguments) -> None:
+        if args.torch_compile:
+            got = "torch_compile, and each round has another graph"
+            raise MethodError(describe("XGBLoRA", got, "an uncompiled model", "leave compile out"))
         if args.world_size > 1 or args.deepspeed or args.fsdp:
             got = "another set of blocks trains in each round, which processes that share gradients cannot follow"
             raise MethodError(

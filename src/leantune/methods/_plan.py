@@ -33,6 +33,8 @@ class TrainingPlan:
         needs_evaluation: why the method cannot do without rows to evaluate on; empty where it can.
         is_settled: ``() -> bool``, asked after training: whether the model still computes what it did after the last
             step. It does not where the end of training chooses among what was trained.
+        is_over: ``(TrainerState) -> bool``: whether the method ends the training at this step, whatever steps are
+            left. A run that goes on from a checkpoint asks it first.
         take_step_loss: called once, before training, with ``() -> float``: the loss of the newest optimizer step's
             batches by the model as it then stands, in evaluation mode and without gradients.
     """
@@ -50,4 +52,5 @@ class TrainingPlan:
     loss_reduction: Callable[[Tensor, Tensor, dict[str, Any]], Tensor] | None = None
     needs_evaluation: str = ""
     is_settled: Callable[[], bool] | None = None
+    is_over: Callable[[Any], bool] | None = None
     take_step_loss: Callable[[Callable[[], float]], None] | None = None

@@ -220,6 +220,7 @@ def _plan(model: nn.Module) -> TrainingPlan:
         callbacks=[boosting],
         needs_evaluation=stops,
         is_settled=lambda: boosting.settled,
+        is_over=boosting.is_over,
         take_step_loss=take_loss,
     )
 

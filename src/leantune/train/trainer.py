@@ -410,7 +410,7 @@ class LeanTrainer(Trainer):
         """
         state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
         planned = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-        if state.global_step < planned:
+        if state.global_step < planned and not (self.plan.is_over is not None and self.plan.is_over(state)):
             return False
         self.meter.start()
         self._load_from_checkpoint(str(path))
