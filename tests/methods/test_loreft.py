@@ -26,6 +26,7 @@ from leantune.methods._hidden_edit import LoReFTBlock, LoReFTLinear, orthonormal
 from leantune.methods._position import Positions, parse
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 from leantune.testing.subject import start
+from leantune.train.loss import Selection, dense_losses, selected_losses
 
 DECODERS = ("llama", "qwen3", "gemma", "gpt2", "neox", "opt", "phi3", "mistral")
 
@@ -338,6 +339,19 @@ def test_the_likelihood_of_answers_edits_their_prompts_alone() -> None:
     everywhere = torch.nn.functional.cross_entropy(logits[0, 3:6], labels[0, 4:7])
     assert abs(found.loss - exact.item()) < 1e-5
     assert abs(found.loss - everywhere.item()) > 1e-4
+
+
+@pytest.mark.parametrize("compute", [selected_losses, dense_losses])
+def test_the_losses_of_a_run_edit_the_prompts_alone(compute: Callable[..., Tensor]) -> None:
+    model = _model(dtype=torch.float32)
+    labels = tiny.ids(2)
+    labels[:, :4] = -100
+    exact = model(input_ids=tiny.ids(2), labels=labels).loss.item()
+    losses = compute(model, {"input_ids": tiny.ids(2)}, Selection.of(labels))
+    assert abs(losses.mean().item() - exact) < 1e-5
+    with torch.no_grad():
+        logits = model(input_ids=tiny.ids(2)).logits[:, 3:-1].flatten(0, 1)
+    assert abs(torch.nn.functional.cross_entropy(logits, labels[:, 4:].flatten()).item() - exact) > 1e-4
 
 
 def test_packed_rows_and_other_masks_are_refused() -> None:

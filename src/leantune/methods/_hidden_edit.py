@@ -62,6 +62,7 @@ class LoReFTLinear(NoRegion, AdapterLayer):
     """
 
     adapter_layer_names = ("lore_ft_edit", "lore_ft_last")
+    other_param_names = ("places",)
     cannot_merge = CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:

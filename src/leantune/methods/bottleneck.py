@@ -82,6 +82,7 @@ class BottleneckLinear(NoRegion, AdapterLayer):
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+    other_param_names = ("configs",)
     cannot_merge = _CANNOT_MERGE
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
@@ -180,7 +181,6 @@ SERIES = register(
         lora_form=False,
         cannot_merge=_CANNOT_MERGE,
         default_learning_rate=1e-3,
-        options={"placement": "series"},
         toy_options={"bottleneck_size": 4},
     )
 )

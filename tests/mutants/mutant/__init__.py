@@ -8,6 +8,7 @@ from mutant.boosting import BOOSTING_FAULTS
 from mutant.data import BATCH_FAULTS, ROW_FAULTS
 from mutant.factor_file import FACTOR_FILE_FAULTS
 from mutant.file import FILE_FAULTS, HUB_FAULTS
+from mutant.hidden import BESIDE_FAULTS, EDIT_FAULTS, ENTRY_FAULTS
 from mutant.low_rank import LOW_RANK_FAULTS
 from mutant.method import KERNEL_FAULTS, LAYER_FAULTS, PACKED_FAULTS, REFERENCE_FAULTS
 from mutant.multi_task import TASK_FAULTS
@@ -21,6 +22,9 @@ FAULTS: tuple[Fault, ...] = (
     *LAYER_FAULTS,
     *PACKED_FAULTS,
     *REFERENCE_FAULTS,
+    *ENTRY_FAULTS,
+    *EDIT_FAULTS,
+    *BESIDE_FAULTS,
     *STRUCTURE_FAULTS,
     *EXPERT_FAULTS,
     *CONVOLUTION_FAULTS,
