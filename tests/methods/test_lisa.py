@@ -92,9 +92,8 @@ def test_the_blocks_of_a_model() -> None:
         model = tiny.model(family)
         assert len(blocks_of(model)) == tiny.LAYERS, family
         assert len({type(block) for block in blocks_of(model)}) == 1, family
-    assert [type(each) for each in blocks_of(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)))] == [
-        nn.Linear
-    ] * 2
+    plain = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    assert blocks_of(plain) == [plain[0], plain[2]]
 
 
 def test_the_draw_is_of_seed_and_step_alone() -> None:
@@ -146,7 +145,7 @@ def test_without_embeddings_the_backward_stops_at_the_lowest_block(tmp_path: Pat
     for step in range(12):
         reached.clear()
         sampler.draw(step)
-        model(input_ids=tiny.ids()).logits.sum().backward()
+        model(input_ids=torch.tensor([rows(1)[0]["input_ids"]])).logits.sum().backward()
         lowest.append((min(reached), min(sampler.choice(step))))
         assert {name.split(".")[2] for name, each in model.named_parameters() if each.grad is not None} == {
             str(number) for number in sampler.choice(step)
@@ -180,8 +179,8 @@ def test_an_optimizer_of_the_first_draw_is_refused(tmp_path: Path) -> None:
     assert groups is not None
     before = {name: value.clone() for name, value in model.named_parameters()}
     trainer(optimizers=(torch.optim.AdamW(groups(model, 1e-2, 0.0), lr=1e-2), None)).train()
-    moved = {name.split(".")[2] for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert len(moved & {str(number) for number in range(LAYERS)}) > 2
+    changed = [name for name, value in model.named_parameters() if not torch.equal(value, before[name])]
+    assert len({name.split(".")[2] for name in changed if ".layers." in name}) > 2
 
 
 def test_options_out_of_range() -> None:

@@ -18,6 +18,9 @@ from torch import nn
 from leantune.core.errors import MethodError, describe
 from leantune.methods._registry import Method, register
 
+TOKENS = 10
+"""How long a prefix is where nothing is said: what the paper has for E2E and WebNLG table-to-text (5 and 10)."""
+
 _NO_TARGETS = "a prefix has no target modules: it stands beside the whole model"
 _GAPS = {
     **dict.fromkeys(
@@ -50,12 +53,18 @@ def _trainable_parameters(config: PrefixTuningConfig, out_features: int, in_feat
     return config.num_virtual_tokens * out_features
 
 
+def _prepare(config: PrefixTuningConfig) -> PrefixTuningConfig:
+    if config.num_virtual_tokens is None:
+        config.num_virtual_tokens = TOKENS
+    return config
+
+
 def _apply(model: nn.Module, config: PrefixTuningConfig) -> nn.Module:
     task = str(getattr(config.task_type, "value", config.task_type))
     if task != "CAUSAL_LM":
         got = f"task_type {config.task_type}, for which nothing would put the prefix in front"
         raise MethodError(describe("method prefix", got, "a causal language model", "choose another method"))
-    wrapped: Any = get_peft_model(model, config)
+    wrapped: Any = get_peft_model(model, _prepare(config))
     if next(model.parameters()).dtype == torch.float64:
         # PEFT's is float32 over any base.
         wrapped.prompt_encoder.to(torch.float64)
@@ -76,8 +85,7 @@ register(
         lora_form=False,
         cannot_merge="a prefix is keys and values in front of the text and no change of weights",
         default_learning_rate=1e-2,
-        # The LLM-Adapters setting that the S2FT paper compares with has 10 (30 in its arithmetic runs).
-        options={"num_virtual_tokens": 10},
+        prepare=_prepare,
         toy_options={"num_virtual_tokens": 3},
         gaps=_GAPS,
     )
