@@ -165,3 +165,12 @@ def test_the_learning_rate_is_the_methods_own_unless_given() -> None:
     assert config.lr is None
     assert config.learning_rate == config.chosen_method.default_learning_rate
     assert RunConfig(**BASE, lr=0.5).learning_rate == 0.5
+
+
+def test_a_word_of_another_tool_is_understood(tmp_path: Path) -> None:
+    assert RunConfig(**BASE, eval_set="held.jsonl").eval_data == Path("held.jsonl")
+    assert apply_overrides(BASE, ["eval_set=held.jsonl"])["eval_data"] == "held.jsonl"
+    (tmp_path / "recipe.yaml").write_text("model: m\ndata: d\nout: o\neval_set: held.jsonl\n", encoding="utf-8")
+    recipe = RunConfig.from_yaml(tmp_path / "recipe.yaml")
+    assert recipe.eval_data == Path("held.jsonl")
+    assert "eval_data: held.jsonl" in recipe.to_yaml()
