@@ -15,6 +15,7 @@ from leantune.core.errors import ConfigError, DataError, LeantuneError, RunError
 from leantune.data import read_rows
 from leantune.evaluate import evaluate
 from leantune.train import Run, RunConfig, dry_run, fit, resume
+from leantune.train.plot import draw_loss
 from leantune.train.record import read_metrics
 from leantune.train.setup import prepare
 from train.multi_task_fixture import causal_tasks, head_tasks, settings
@@ -94,6 +95,11 @@ def test_resume_is_bit_equal(given: dict[str, Any], tmp_path: Path) -> None:
         act_at(5, patch, kill, micro=2)
         with pytest.raises(Killed):
             run(values)
+    # What was killed is looked at as it is: each task in the last checkpoint.
+    for name in given["tasks"]:
+        one = Run.open(given["out"], name)
+        one.load()
+        assert one.result == given["out"] / "checkpoints" / "checkpoint-4" / name
     resume(given["out"], progress=False)
     assert_same_tasks(given["out"], tmp_path / "whole", list(given["tasks"]))
 
@@ -224,6 +230,11 @@ def test_a_name_that_stands_twice_in_a_recipe(decoder: dict[str, Any], tmp_path:
     recipe.write_text("model: m\nout: o\nmethod: multi-lora\ntasks:\n  a: x.jsonl\n  a: y.jsonl\n")
     with pytest.raises(ConfigError, match="'a' stands twice"):
         RunConfig.from_yaml(recipe)
+    # A table that takes over another one's settings may replace some.
+    recipe.write_text(
+        "model: m\nout: o\nmethod: multi-lora\ntasks:\n  a: &a {data: x.jsonl, lr: 0.1}\n  b: {<<: *a, lr: 0.2}\n"
+    )
+    assert RunConfig.from_yaml(recipe).tasks["b"].model_dump()["lr"] == 0.2
 
 
 def test_a_recipe_is_read_back_as_it_was(decoder: dict[str, Any], tmp_path: Path) -> None:
@@ -283,3 +294,15 @@ def test_the_base_of_several_tasks_has_no_dropout(encoder: dict[str, Any], tmp_p
         trainer.compute_loss(trainer.model, trainer.data_collator([*rows, *others]))
         steps.append(float(trainer._losses[0]))
     assert steps[0] == pytest.approx(steps[1], rel=1e-5)
+
+
+def test_the_picture_has_a_curve_for_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: dict[str, list[int]] = {}
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, label, **style: drawn.update({label: list(x)}))
+    monkeypatch.setattr(Axes, "legend", lambda axes, **style: None)
+    lines = [{"step": 1, "loss": 3.0, "loss/a": 1.0, "loss/b": 2.0}, {"step": 2, "loss": 0.5, "loss/b": 0.5}]
+    draw_loss(lines, tmp_path / "loss.png", "two tasks")
+    assert drawn == {"a, smoothed": [1], "b, smoothed": [1, 2]}
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")

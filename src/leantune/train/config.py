@@ -317,7 +317,8 @@ class _UniqueNames(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         """A table of the file."""
-        names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        merge = "tag:yaml.org,2002:merge"
+        names = [self.construct_object(key, deep=deep) for key, _ in node.value if key.tag != merge]
         twice = next((key for place, key in enumerate(names) if key in names[:place]), None)
         if twice is not None:
             raise yaml.YAMLError(f"'{twice}' stands twice in one table, line {node.start_mark.line + 1}")

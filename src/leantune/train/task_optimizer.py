@@ -71,7 +71,8 @@ def clip_gradients(owned: Sequence[tuple[Named, float]], present: Iterable[int])
     Returns:
         The norm of each owner before that; None where it takes no part.
     """
-    taking, norms = set(present), []
+    taking = set(present)
+    norms: list[float | None] = []
     for number, (parameters, largest) in enumerate(owned):
         if number not in taking:
             for parameter in parameters.values():

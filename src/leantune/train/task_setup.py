@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -145,7 +145,7 @@ def apply_tasks(
     model.set_requires_grad(names, True)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    return model  # type: ignore[no-any-return]
+    return cast(PeftModel, model)
 
 
 def _check_names(base: BaseModel, names: list[str], config: RunConfig) -> None:

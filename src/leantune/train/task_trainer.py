@@ -70,7 +70,7 @@ class TaskTrainer(LeanTrainer):
         self.owned, self.shared = parameters_by_task(model, self.names)
         self._group_owners: list[int] = []
         # Of the optimizer step being taken.
-        self._items = torch.zeros(len(self.names))
+        self._counts = torch.zeros(len(self.names))
         self._losses = torch.zeros(len(self.names), dtype=torch.float64)
         self._norms: list[float | None] = []
         self._passes_begun = 0
@@ -95,7 +95,7 @@ class TaskTrainer(LeanTrainer):
 
     def present(self) -> list[int]:
         """The numbers of the parts that take part in the optimizer step: tasks with rows in it, and what is shared."""
-        found = [number for number, items in enumerate(self._items.tolist()) if items > 0]
+        found = [number for number, items in enumerate(self._counts.tolist()) if items > 0]
         return [*found, *([len(self.names)] if self.shared else [])]
 
     # Rows
@@ -126,7 +126,7 @@ class TaskTrainer(LeanTrainer):
         found = torch.zeros(len(self.names), dtype=torch.long)
         for batch in batch_samples:
             found += self._count(batch["labels"].to("cpu"), batch[TASK].to("cpu"))
-        self._items, self._passes_begun = found, 0
+        self._counts, self._passes_begun = found, 0
         self._losses = torch.zeros(len(self.names), dtype=torch.float64)
         return found.clamp(min=1).to(device)
 

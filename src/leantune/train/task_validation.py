@@ -48,13 +48,14 @@ def validate_tasks(trainer: TaskTrainer, rows: Any, prefix: str = "eval") -> dic
 
 def _measured(trainer: TaskTrainer, task: Task, rows: list[Any]) -> dict[str, float]:
     """The loss per token (per row, for a head) over all batches, whatever their sizes, and the metrics."""
+    model: Any = trainer.model
     size = trainer.args.eval_batch_size
     loss_sum, items = 0.0, 0
     outputs: list[torch.Tensor] = []
     labels: list[float] = []
     for start in range(0, len(rows), size):
         batch = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
-        loss, answered = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        loss, answered = trainer.compute_loss(model, batch, return_outputs=True)
         count = int(trainer._count(batch["labels"], batch[TASK]).sum())
         loss_sum, items = loss_sum + float(loss) * count, items + count
         if task.has_head:
