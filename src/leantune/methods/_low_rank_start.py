@@ -72,11 +72,6 @@ def decompose(matrix: Tensor, rank: int, *words: object) -> Start:
     return Start(*truncated_svd(matrix, rank, seeded("svd", *words)), energy)
 
 
-def spectrum(matrix: Tensor, count: int, *words: object) -> Tensor:
-    """The first ``count`` singular values, on the CPU."""
-    return decompose(matrix, count, *words).S.cpu()
-
-
 def kaiming(out_features: int, in_features: int, like: Tensor, *words: object) -> Tensor:
     """A fresh linear layer's weight: U(-1/sqrt(in), 1/sqrt(in)) (Kaiming, as torch draws it with a = sqrt 5)."""
     bound = 1 / math.sqrt(in_features)

@@ -11,6 +11,7 @@ Source: ours; the paper (arXiv 2411.19557, section 4) names layer-wise ranks as 
 from __future__ import annotations
 
 import heapq
+import warnings
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -22,6 +23,19 @@ WIDEST = 2
 def uniform_ranks(shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, int]:
     """The same rank everywhere, but no more than a layer has."""
     return {path: min(rank, *shape) for path, shape in shapes.items()}
+
+
+def clamped_ranks(shapes: Mapping[str, tuple[int, int]], rank: int) -> dict[str, int]:
+    """As :func:`uniform_ranks`, with a warning where a layer has less than was asked for."""
+    ranks = uniform_ranks(shapes, rank)
+    clamped = [path for path in shapes if ranks[path] < rank]
+    if clamped:
+        out, width = shapes[clamped[0]]
+        warnings.warn(
+            f"r={rank} is more than {len(clamped)} of {len(ranks)} modules have, which get their smaller side instead "
+            f"(e.g. {clamped[0]}, {out} x {width}: {ranks[clamped[0]]})"
+        )
+    return ranks
 
 
 def allot(spectra: Mapping[str, Tensor], uniform: Mapping[str, int]) -> dict[str, int]:

@@ -8,33 +8,31 @@ For ``y = W x + b``, ``W (out, in)``, ``B (out, r)``, ``R (r, r)``, ``A (r, in)`
 ``dW`` is the first step that the run's optimizer would take on all of ``W`` (``-eta sign(sum grad)`` for AdamW), by the
 gradient over about a thousandth of the training rows. So LoRA-SB starts from the best rank-r approximation of that
 step, and its orthonormal factors make the plain gradient of ``R`` the best one (Theorem 2); with LoRA-XS's factors,
-which are not, ``precondition`` gives that gradient. Only two r-wide products are kept for the backward.
+which are not, ``precondition`` gives that gradient. One r-wide product is kept for the backward.
 
 Sources: LoRA-XS, arXiv 2405.17604; LoRA-SB, arXiv 2411.19557: start eqs. 1, 2, 6, 7, preconditioned gradient eq. 4,
 ablations appendix D.
 
 Where we deviate, and why. ``R`` starts at exactly 0 and not at N(0, 1e-5), so that a fresh LoRA-XS is the base bit for
-bit. The factors are float32 (float64 over float64) whatever the base's dtype, where the authors' code rounds them to
-the base's 16 bits and loses their orthonormality; ``R`` trains in float32. The authors' code takes ``eta`` from a
-schedule whose steps are counted in batches of the estimation, keeps dropout on while estimating and seeds the
-global random state anew in every SVD; here ``eta`` is the run's own, dropout is off, the random state is left alone.
+bit. Factors and core are float32 (float64 over float64) whatever the base's dtype: rounded to 16 bits, as in the
+authors' code, factors are not orthonormal. ``eta`` is the run's own, dropout is off, the random state is left alone.
 """
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 from peft import get_peft_model
-from torch import Tensor, nn
+from peft.utils import get_quantization_kwargs
+from torch import nn
 
 from leantune.core.errors import ConfigError, describe, did_you_mean, raise_all
 from leantune.methods import _low_rank_start as starting
 from leantune.methods import _rank_budget as budgeting
-from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, linear_features
+from leantune.methods._base import AdapterConfig, AdapterModel, linear_features
 from leantune.methods._calibration import Calibration
-from leantune.methods._core_factor import CoreFactors
+from leantune.methods._core_linear import LoraXSLinear
 from leantune.methods._family import places
 from leantune.methods._first_update import estimate
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
@@ -157,74 +155,6 @@ class LoraXSConfig(AdapterConfig):
         return 1.0 if self.alpha is None else self.alpha / rank
 
 
-class LoraXSLinear(AdapterLayer):
-    """A linear layer with ``s B R A`` beside it, one an adapter."""
-
-    adapter_layer_names = ("loraxs_core",)
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, **kwargs)
-        self.loraxs_core = nn.ModuleDict()
-
-    def own(self, adapter: str) -> CoreFactors:
-        """The adapter's factors and core."""
-        return cast(CoreFactors, self.loraxs_core[adapter])
-
-    def update_layer(self, adapter_name: str, config: LoraXSConfig, template: str | None, **kwargs: Any) -> None:
-        """Create an adapter of rank ``kwargs["rank"]``, and its start where no data is needed for it."""
-        shape = (self.out_features, self.in_features)
-        own = CoreFactors(shape, kwargs["rank"], config.alpha, config.dropout, precondition=config.precondition)
-        self.loraxs_core[adapter_name] = own
-        self.place(adapter_name, inference_mode=config.inference_mode)
-        if template is not None and template in self.loraxs_core:
-            own.copy_start(self.own(template))
-            self._refresh_core(own, config)
-        # What is made to be read from a file (PEFT says so by these two) needs no decomposition.
-        elif config.start != "update_svd" and not config.inference_mode and not own.weight.is_meta:
-            self.start_without_data(adapter_name, config, kwargs["path"])
-
-    def start_without_data(self, adapter: str, config: LoraXSConfig, path: str) -> None:
-        """Start from the weight itself, from a fresh random one, or from noise."""
-        own = self.own(adapter)
-        if config.start == "weight_svd":
-            start = starting.decompose(self.dense_weight().to(own.B.dtype), own.rank, config.seed, path)
-        else:
-            drawn = starting.kaiming(self.out_features, self.in_features, own.B, config.seed, path)
-            start = starting.decompose(drawn, own.rank, config.seed, path)
-        self.start(adapter, config, start, keep_function=config.start == "weight_svd")
-        self._refresh_core(own, config)
-
-    @staticmethod
-    def _refresh_core(own: CoreFactors, config: LoraXSConfig) -> None:
-        """A core that is no part of the factors' start, whatever the adapter they were copied from has learnt."""
-        if config.start == "weight_svd":
-            nn.init.zeros_(own.weight)
-        elif config.start is None:
-            nn.init.normal_(own.weight, std=starting.NOISE)
-
-    def start(self, adapter: str, config: LoraXSConfig, start: starting.Start, *, keep_function: bool) -> None:
-        """Take the factors of a decomposed matrix, as the config splits them."""
-        scaling = config.scaling(len(start.S))
-        self.own(adapter).start(*start.factors(config.chosen_split, scaling, keep_function=keep_function))
-
-    def waits_for_data(self, adapter: str) -> bool:
-        """Whether the factors are still to be computed, or read from a file."""
-        return adapter in self.loraxs_core and self.own(adapter).waits
-
-    def add_share(self, adapter: str, x: Tensor, result: Tensor) -> Tensor:
-        """``result + s x A^T R^T B^T``, added in the factors' dtype and rounded once."""
-        return (result + self.own(adapter)(x)).to(result.dtype)
-
-    def delta_region(self, adapter: str) -> tuple[Tensor, int | None, Tensor | None]:
-        """``s B R A``, all of ``W``."""
-        return self.own(adapter).delta(), None, None
-
-    def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """``(s B R, A)``, of rank ``r``."""
-        own = self.own(adapter)
-        return own.left(), own.A
-
-
 class LoraXSModel(AdapterModel):
     """Decides the ranks of all targeted modules, and computes the starts that come from data."""
 
@@ -242,8 +172,7 @@ class LoraXSModel(AdapterModel):
 
     def layer_options(self, config: LoraXSConfig, path: str) -> dict[str, Any]:
         """The rank of the module at ``path``."""
-        if self._ranks is None:
-            self._ranks = self._decide(config)
+        self._ranks = self._ranks or self._decide(config)
         return {"rank": self._ranks[path], "path": path}
 
     def _targets(self, config: LoraXSConfig) -> dict[str, nn.Module]:
@@ -254,39 +183,31 @@ class LoraXSModel(AdapterModel):
         layers = self._targets(config)
         shapes = {path: linear_features(layer)[::-1] for path, layer in layers.items()}
         if config.r != "auto":
-            ranks = budgeting.uniform_ranks(shapes, config.r)
-            clamped = [path for path in shapes if ranks[path] < config.r]
-            if clamped:
-                out, width = shapes[clamped[0]]
-                warnings.warn(
-                    f"r={config.r} is more than {len(clamped)} of {len(ranks)} modules have, which get their smaller "
-                    f"side instead (e.g. {clamped[0]}, {out} x {width}: {ranks[clamped[0]]})"
-                )
-            return ranks
+            return budgeting.clamped_ranks(shapes, config.r)
         if config.ranks is not None and set(config.ranks) >= set(shapes):
             return {path: config.ranks[path] for path in shapes}
         ranks = budgeting.uniform_ranks(shapes, config.rank_budget)
         if config.start == "weight_svd" and not config.inference_mode:
             widest = budgeting.uniform_ranks(shapes, budgeting.WIDEST * config.rank_budget)
-            spectra = {path: self._spectrum(layers[path], widest[path], config.seed, path) for path in shapes}
-            ranks = budgeting.allot(spectra, ranks)
-            config.ranks = ranks
+            options = get_quantization_kwargs(self)
+            spectra = {
+                path: LoraXSLinear(layer, "probe", **options).spectrum(widest[path], config.seed, path)
+                for path, layer in layers.items()
+            }
+            config.ranks = ranks = budgeting.allot(spectra, ranks)
         return ranks
-
-    def _spectrum(self, base: nn.Module, count: int, seed: int, path: str) -> Tensor:
-        layer = LoraXSLinear(base, "probe")
-        return starting.spectrum(layer.dense_weight().to(layer.trained_dtype()), count, seed, path)
 
     def start_from_data(self, adapters: list[str], data: Calibration) -> None:
         """Start waiting adapters from the optimizer's first step; others, made to be read from a file, anew."""
         config = cast(LoraXSConfig, self.peft_config[adapters[0]])
-        bases = self._targets(config)
-        layers = {path: cast(LoraXSLinear, self.model.get_submodule(path)) for path in bases}
+        found = {path: self.model.get_submodule(path) for path in self._targets(config)}
+        layers = {path: each for path, each in found.items() if isinstance(each, LoraXSLinear)}
         if config.start != "update_svd":
             for path, layer in layers.items():
                 for adapter in adapters:
                     layer.start_without_data(adapter, config, path)
             return
+        bases = {path: layer.get_base_layer() for path, layer in layers.items()}
         ranks, starts = estimate(config, bases, data)
         for path, start in starts:
             for adapter in adapters:
@@ -299,10 +220,7 @@ def _trainable_parameters(config: LoraXSConfig, out_features: int, in_features: 
     return int(min(rank, out_features, in_features) ** 2)
 
 
-def _apply(model: nn.Module, config: LoraXSConfig) -> nn.Module:
-    return get_peft_model(model, config)
-
-
+# Not "lora_xs": some of TRL's code takes whatever has "lora_" in its name for stock LoRA.
 register_with_peft("loraxs", LoraXSConfig, LoraXSModel)
 METHOD = register(
     Method(
@@ -312,7 +230,7 @@ METHOD = register(
         formula="W + s B R A, B and A frozen at the SVD of W",
         paper="LoRA-XS, arXiv 2405.17604",
         trainable_parameters=_trainable_parameters,
-        apply=_apply,
+        apply=lambda model, config: get_peft_model(model, config),
         default_learning_rate=4e-3,
         needs_batches=lambda config: config.start == "update_svd",
         toy_options={"r": 3},

@@ -11,7 +11,7 @@ RANKS = "leantune/methods/_rank_budget.py"
 SKETCH = "leantune/methods/_sketch.py"
 LINALG = "leantune/core/linalg.py"
 RUN = "leantune/train/calibration.py"
-XS = "leantune/methods/lora_xs.py"
+XS = "leantune/methods/_core_linear.py"
 
 XS_TESTS = "tests/methods/test_lora_xs.py"
 SB_TESTS = "tests/methods/test_lora_sb.py"
