@@ -216,7 +216,7 @@ class MultiLoraModel(SharingModel):
     def default_targets(self) -> tuple[str, ...]:
         """Query and value, as in the paper's experiments, where the model's type is known."""
         kind = getattr(getattr(self.model, "config", None), "model_type", None)
-        return tuple(QUERY_AND_VALUE.get(kind, ())) or super().default_targets()
+        return tuple(QUERY_AND_VALUE.get(str(kind), ())) or super().default_targets()
 
 
 def _trainable_parameters(config: MultiLoraConfig, out_features: int, in_features: int) -> int:
