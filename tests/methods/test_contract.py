@@ -42,6 +42,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "lora-sb": {
         "sketched": {"r": "auto", "rank_budget": 2, "sketch": 5, "split": "left", "target_modules": "all-linear"},
     },
+    "xgblora": {"gradient": {"start": "gradient", "blocks_per_round": 0, "r": 3, "target_modules": "all-linear"}},
     "multi-lora": {
         "orthonormal": {"shared_init": "orthonormal", "target_modules": "all-linear", "use_rslora": True},
         "activation": {"shared_init": "activation_pca", "r": 3},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from harness import Fault
 
+from mutant.booster_math import BOOSTER_MATH_FAULTS
 from mutant.boosting import BOOSTING_FAULTS
 from mutant.data import BATCH_FAULTS, ROW_FAULTS
 from mutant.factor_file import FACTOR_FILE_FAULTS
@@ -31,6 +32,7 @@ FAULTS: tuple[Fault, ...] = (
     *CHOICE_FAULTS,
     *CALIBRATION_FAULTS,
     *BOOSTING_FAULTS,
+    *BOOSTER_MATH_FAULTS,
     *TRAINING_FAULTS,
     *RESUME_FAULTS,
     *PROCESS_FAULTS,
