@@ -68,6 +68,9 @@ class _Decoder:
         self.ends = _end_ids(model, tokenizer)
         self.pad = next((token for token in [tokenizer.pad_token_id, *self.ends] if token is not None), 0)
         self.device = device_of(model)
+        # PEFT puts a trained prompt in front whenever it is given a cache: it gets none that has one already.
+        is_prompted = getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)
+        self.stretch = max_new_tokens if is_prompted else _STRETCH_TOKENS
 
     def _config(self, new_tokens: int) -> GenerationConfig:
         return GenerationConfig(
@@ -102,7 +105,7 @@ class _Decoder:
         texts = [""] * len(prompts)
         live, cache = list(range(len(prompts))), None
         while live and (made := tokens.shape[1] - width) < self.max_new_tokens:
-            config = self._config(min(_STRETCH_TOKENS, self.max_new_tokens - made))
+            config = self._config(min(self.stretch, self.max_new_tokens - made))
             result = self.model.generate(
                 input_ids=tokens, attention_mask=mask, past_key_values=cache, generation_config=config
             )
