@@ -123,7 +123,7 @@ class CoreFactors(nn.Module):
 
     def _apply(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> CoreFactors:
         kept = {name: getattr(self, name) for name in ("B", "A")}
-        super()._apply(function, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(function, recurse)
         for name, before in kept.items():
             after = getattr(self, name)
             # A host that casts the model to 16 bits would leave the factors orthonormal to two digits.
