@@ -125,9 +125,9 @@ def with_options(function: Callable[..., Any], options: Iterable[tuple[Option, s
         if option.name in taken:
             continue
         taken.add(option.name)
-        names = (f"{option.flag}/--no-{option.flag[2:]}",) if option.is_switch else (option.flag,)
+        names = [f"{option.flag}/--no-{option.flag[2:]}" if option.is_switch else option.flag]
         if option.synonym is not None:
-            names += ("--" + option.synonym.replace("_", "-"),)
+            names.append("--" + option.synonym.replace("_", "-"))
         default = "" if option.default is None or option.default is False else f" [default: {option.default}]"
         added.append(
             inspect.Parameter(
