@@ -200,6 +200,14 @@ def test_activation_pca_is_that_of_all_tasks_together() -> None:
             assert lost < (x - x @ other.t() @ other).square().sum()
 
 
+def test_tasks_with_configs_of_their_own_start_together() -> None:
+    model = waiting()
+    model.add_adapter("other", MultiLoraConfig(r=4, target_modules=["q_proj"], shared_init="activation_pca"))
+    told = initialize(model, batches(0))
+    assert (told["adapters"], told["passes"]) == (["default", "other"], 1)
+    assert not any(layer.waits_for_data("other") for layer in own_layers(model).values())
+
+
 def test_moments_come_in_groups_under_a_budget() -> None:
     """A moment of q_proj (16 inputs) has 2 kB in float64, one of down_proj (20) 3.2 kB: two passes for 8 kB."""
     expected, model = waiting(), waiting()
