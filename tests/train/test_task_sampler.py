@@ -58,6 +58,18 @@ def test_the_order_is_that_of_seed_and_epoch() -> None:
     assert epoch(one, 3) != epoch(other, 3)
 
 
+def test_the_rows_of_a_step_are_sorted_and_stay_in_it() -> None:
+    lengths = [row * 7 % 100 for row in range(100)]
+    shares = task_shares(ROWS, "proportional")
+    plain = epoch(TaskSampler(NUMBERS, shares, 0), 2)
+    by_length = epoch(TaskSampler(NUMBERS, shares, 0, lengths=lengths, rows_a_step=8), 2)
+    assert by_length != plain
+    for start in range(0, 100, 8):
+        step = by_length[start : start + 8]
+        assert sorted(step) == sorted(plain[start : start + 8])
+        assert step == sorted(step, key=lambda row: -lengths[row])
+
+
 def test_steps_of_each_task_counted_by_hand() -> None:
     class Given:
         def __iter__(self):

@@ -63,9 +63,21 @@ class TaskSampler(Sampler[int]):
         tasks: ``(rows,)`` the task number of each row.
         shares: of each task among the rows drawn, summing to one.
         seed: of the order.
+        lengths: tokens of each row. The rows of an optimizer step are then sorted by them: how a step is cut into
+            forward passes changes nothing but the padding, and tasks differ in length.
+        rows_a_step: rows of an optimizer step.
     """
 
-    def __init__(self, tasks: Sequence[int], shares: Sequence[float], seed: int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[int],
+        shares: Sequence[float],
+        seed: int,
+        *,
+        lengths: Sequence[int] = (),
+        rows_a_step: int = 1,
+    ) -> None:
+        self.lengths, self.rows_a_step = torch.tensor(lengths), rows_a_step
         numbers = torch.tensor(tasks)
         self.rows = [(numbers == task).nonzero().flatten() for task in range(len(shares))]
         self.draws = draws([len(rows) for rows in self.rows], shares)
@@ -82,7 +94,11 @@ class TaskSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         drawn = torch.cat([self._drawn(task, count) for task, count in enumerate(self.draws)])
         order = torch.randperm(len(drawn), generator=self._generator(len(self.rows), self.epoch))
-        return iter(drawn[order].tolist())
+        drawn = drawn[order]
+        if len(self.lengths):
+            steps = drawn.split(self.rows_a_step)
+            drawn = torch.cat([rows[self.lengths[rows].argsort(descending=True, stable=True)] for rows in steps])
+        return iter(drawn.tolist())
 
     def _drawn(self, task: int, count: int) -> Tensor:
         """The rows of a task that this epoch takes from its endless sequence of passes."""

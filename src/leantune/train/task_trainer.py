@@ -108,14 +108,17 @@ class TaskTrainer(LeanTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
-        return TaskSampler([example[TASK] for example in rows], self.shares(), self.args.seed)
+        numbers, lengths = [example[TASK] for example in rows], [len(example["input_ids"]) for example in rows]
+        return TaskSampler(numbers, self.shares(), self.args.seed, lengths=lengths, rows_a_step=self._rows_a_step())
+
+    def _rows_a_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps
 
     def steps_by_task(self, steps: int) -> list[int]:
         """In how many of a run's optimizer steps each task takes part."""
         rows: Any = self.train_dataset
         numbers = [example[TASK] for example in rows]
-        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return steps_by_task(self._get_train_sampler(), numbers, len(self.names), rows_a_step, steps)
+        return steps_by_task(self._get_train_sampler(), numbers, len(self.names), self._rows_a_step(), steps)
 
     # The loss
 
