@@ -26,6 +26,8 @@ _PUBLIC = {
     "SpFTConfig": "leantune.methods.spft",
     "LoReFTConfig": "leantune.methods.loreft",
     "BottleneckConfig": "leantune.methods.bottleneck",
+    "LISAConfig": "leantune.methods.lisa",
+    "GaLoreConfig": "leantune.methods.galore",
     "FullConfig": "leantune.methods.full",
     "Method": "leantune.methods",
     "TrainingPlan": "leantune.methods",

@@ -6,6 +6,7 @@ from harness import Fault
 
 from mutant.booster_math import BOOSTER_MATH_FAULTS
 from mutant.boosting import BOOSTING_FAULTS
+from mutant.baseline import BASELINE_FAULTS
 from mutant.data import BATCH_FAULTS, ROW_FAULTS
 from mutant.factor_file import FACTOR_FILE_FAULTS
 from mutant.file import FILE_FAULTS, HUB_FAULTS
@@ -44,5 +45,6 @@ FAULTS: tuple[Fault, ...] = (
     *FACTOR_FILE_FAULTS,
     *FILE_FAULTS,
     *HUB_FAULTS,
+    *BASELINE_FAULTS,
     *TASK_FAULTS,
 )
