@@ -43,6 +43,7 @@ CORE_INSTALL = {
     "tokenizers",
     "yaml",
     "tqdm",
+    "typing_extensions",
 }
 NEEDS_EXTRAS = {"train", "cli"}
 

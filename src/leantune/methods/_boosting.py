@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import override
 
 from leantune.core.errors import MethodError, describe
 from leantune.methods._block import BlockSampler, block_of
@@ -60,6 +61,7 @@ class Boosting(TrainerCallback):
         """Path and boosters of every layer."""
         return ((path, self.booster(path)) for path in self.layers)
 
+    @override
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
@@ -97,6 +99,7 @@ class Boosting(TrainerCallback):
             if own.B.any():
                 own.keep(number, 1.0)
 
+    @override
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
@@ -116,6 +119,7 @@ class Boosting(TrainerCallback):
         self._forget(optimizer)
         self._tell(number, training)
 
+    @override
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
@@ -154,6 +158,7 @@ class Boosting(TrainerCallback):
         A = own.A.detach().double()
         return float(own.B.grad.double().square().sum() * A.shape[1] / (A.square().sum() * own.scaling**2))
 
+    @override
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
@@ -161,6 +166,7 @@ class Boosting(TrainerCallback):
         for group, rate in zip(_inner(keywords.get("optimizer")).param_groups, self._rates, strict=True):
             group["lr"] = rate
 
+    @override
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> TrainerControl:
@@ -207,6 +213,7 @@ class Boosting(TrainerCallback):
         if self.config.fold:
             self.layers[path].fold(self.adapter)
 
+    @override
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> TrainerControl:
@@ -224,6 +231,7 @@ class Boosting(TrainerCallback):
         ]
         return min(scores)[::-1] if scores else None
 
+    @override
     def on_log(
         self,
         args: TrainingArguments,
@@ -238,6 +246,7 @@ class Boosting(TrainerCallback):
             if "learning_rate" in logs:
                 logs["learning_rate"] *= self._factor
 
+    @override
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
     ) -> None:
