@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from harness import Fault
 
+from mutant.baseline import BASELINE_FAULTS
 from mutant.booster_math import BOOSTER_MATH_FAULTS
 from mutant.boosting import BOOSTING_FAULTS
-from mutant.baseline import BASELINE_FAULTS
 from mutant.data import BATCH_FAULTS, ROW_FAULTS
 from mutant.factor_file import FACTOR_FILE_FAULTS
 from mutant.file import FILE_FAULTS, HUB_FAULTS
