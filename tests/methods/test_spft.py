@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import leantune
 import tiny
+from hosts.packed_host import pack_linears
 from leantune import SpFTConfig
 from leantune.core.errors import AdapterError, ConfigError
 from leantune.methods import _entries as entries
@@ -225,3 +226,19 @@ def test_the_contract_holds_by_csr_products_and_by_chunks(selection: str, monkey
         found.append((logits.detach(), grads))
     assert_close(found[0][0], found[1][0], torch.float64, 64, 8, what="logits")
     assert_close(found[0][1], found[1][1], torch.float64, 64, 16, what="gradients")
+
+
+def test_over_a_packed_base_it_is_the_same_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bits a weight: forward and merge are those of the dequantised weight with the values added."""
+    base = pack_linears(tiny.model("llama", torch.float32), monkeypatch)
+    plain = tiny.quiet(base, "llama")
+    model = get_peft_model(base, SpFTConfig(ratio=0.1, selection="weight"))
+    assert_same(tiny.quiet(model, "llama"), plain, "logits of a fresh adapter")
+    start(model)
+    for layer in _layers(model).values():
+        x = torch.randn(2, 3, layer.in_features)
+        exact = x.double() @ (layer.dense_weight().double() + layer.get_delta_weight("default").double()).T
+        wrong = (x.double() @ layer.dense_weight().double().T,)
+        assert_close(layer(x), exact.detach(), torch.float32, 4, 8, wrong=wrong, what="output over a packed weight")
+    model(input_ids=tiny.ids()).logits.square().sum().backward()
+    assert all(each.grad is not None and bool(each.grad.any()) for each in model.parameters() if each.requires_grad)
