@@ -124,8 +124,8 @@ class OffsetLinear(StartingLayer, LoraLinear):
             return
         where = {"device": self.lora_A[adapter_name].weight.device, "dtype": self._trained_dtype()}
         waits = start == FROM_DATA
-        self.lora_A[adapter_name] = OffsetFactor((r // 2, self.in_features), 0, waits, **where)
-        self.lora_B[adapter_name] = OffsetFactor((self.out_features, r // 2), 1, waits, **where)
+        self.lora_A[adapter_name] = OffsetFactor((r // 2, cast(int, self.in_features)), 0, waits, **where)
+        self.lora_B[adapter_name] = OffsetFactor((cast(int, self.out_features), r // 2), 1, waits, **where)
         twin = self._twin(adapter_name, config)
         if twin is not None:
             for container in (self.lora_A, self.lora_B):
@@ -153,7 +153,7 @@ class OffsetLinear(StartingLayer, LoraLinear):
             config: its config, with its rank doubled.
             gradient: ``dL/dW (out, in)``, for a start that comes from it.
         """
-        factor_A, factor_B = self.lora_A[adapter_name], self.lora_B[adapter_name]
+        factor_A, factor_B = (cast(OffsetFactor, each[adapter_name]) for each in (self.lora_A, self.lora_B))
         weight = cast(Tensor, self.get_base_layer().weight).detach()
         weight = weight.t() if self.fan_in_fan_out else weight
         B, A = start_factors(weight, config, self.r[adapter_name] // 2, self.scaling[adapter_name], gradient)
@@ -220,7 +220,7 @@ def start_factors(
         base.weight = nn.Parameter(weight.float(), requires_grad=False)
         if gradient is not None:
             base._peft_loraga_grad = gradient
-        scratch = LoraLinear(base, "start", config=plain, r=r, lora_alpha=plain.lora_alpha)
+        scratch: Any = LoraLinear(base, "start", config=plain, r=r, lora_alpha=plain.lora_alpha)
     return scratch.lora_B["start"].weight.detach(), scratch.lora_A["start"].weight.detach()
 
 
@@ -236,7 +236,7 @@ def start_from_gradients(model: nn.Module, adapters: list[str], data: Calibratio
     layers = {name: each for name, each in model.named_modules() if isinstance(each, OffsetLinear)}
     layers = {name: each for name, each in layers.items() if any(map(each.waits_for_data, adapters))}
     sources = {
-        name: LinearGradient(each.get_base_layer(), (each.out_features, each.in_features))
+        name: LinearGradient(each.get_base_layer(), cast(tuple[int, int], (each.out_features, each.in_features)))
         for name, each in layers.items()
     }
     for name, gradient in data.weight_gradients(sources):

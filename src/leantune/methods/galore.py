@@ -13,7 +13,7 @@ not have. Its layer-wise form steps in every backward pass, whatever the accumul
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -69,7 +69,7 @@ def projected(model: nn.Module, config: GaLoreConfig) -> dict[str, nn.Parameter]
         there = ", ".join(sorted({name.rpartition(".")[2] for name in named})) or "none"
         wanted = f"endings of its linear modules ({there})"
         raise TargetError(describe("target_modules", str(config.target_modules), wanted, "mend the names"))
-    return {f"{name}.weight": each.weight for name, each in found.items()}
+    return {f"{name}.weight": cast(nn.Parameter, each.weight) for name, each in found.items()}
 
 
 def _is_head(name: str) -> bool:

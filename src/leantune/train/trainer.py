@@ -360,7 +360,7 @@ class LeanTrainer(Trainer):
     def _held(self, model: nn.Module) -> list[dict[str, Any]]:
         """The parameter groups of the optimizer; before there is one, those that the plan will give it."""
         if self.optimizer is not None:
-            return cast(list[dict[str, Any]], self.optimizer.param_groups)
+            return self.optimizer.param_groups
         groups = self.plan.parameter_groups
         return [] if groups is None else groups(model, self.args.learning_rate, self.args.weight_decay)
 
