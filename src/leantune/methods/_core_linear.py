@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from leantune.methods import _low_rank_start as starting
 from leantune.methods._base import AdapterLayer
 from leantune.methods._core_factor import CoreFactors
+from leantune.methods._initialization import expects_file
 
 
 class LoraXSLinear(AdapterLayer):
@@ -33,15 +34,16 @@ class LoraXSLinear(AdapterLayer):
         if template is not None and template in self.loraxs_core:
             own.copy_start(self.own(template))
             self._refresh_core(own, config)
-        # What is made to be read from a file (PEFT says so by these two) needs no decomposition.
-        elif config.start != "update_svd" and not config.inference_mode and not own.weight.is_meta:
+        # What is made to be read from a file (PEFT says so by two of these) needs no decomposition.
+        elif config.start != "update_svd" and not (config.inference_mode or expects_file() or own.weight.is_meta):
             self.start_without_data(adapter_name, config, kwargs["path"])
 
     def start_without_data(self, adapter: str, config: Any, path: str) -> None:
         """Start from the weight itself, from a fresh random one, or from noise."""
         own = self.own(adapter)
         if config.start == "weight_svd":
-            start = starting.decompose(self.dense_weight().to(own.B.dtype), own.rank, config.seed, path)
+            # In float64: a file without the factors must find the same again, whatever library decomposes.
+            start = starting.decompose(self.dense_weight().double(), own.rank, config.seed, path)
         else:
             drawn = starting.kaiming(self.out_features, self.in_features, own.B, config.seed, path)
             start = starting.decompose(drawn, own.rank, config.seed, path)

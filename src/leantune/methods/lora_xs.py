@@ -30,9 +30,10 @@ from torch import nn
 from leantune.core.errors import ConfigError, describe, did_you_mean, raise_all
 from leantune.methods import _low_rank_start as starting
 from leantune.methods import _rank_budget as budgeting
-from leantune.methods._base import AdapterConfig, AdapterModel, linear_features
+from leantune.methods._base import linear_features
 from leantune.methods._calibration import Calibration
 from leantune.methods._core_linear import LoraXSLinear
+from leantune.methods._factor_file import FactorConfig, FactorModel
 from leantune.methods._family import places
 from leantune.methods._first_update import estimate
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
@@ -42,7 +43,7 @@ _STARTS = (True, False, "weight_svd", "update_svd", "kaiming_svd")
 
 
 @dataclass
-class LoraXSConfig(AdapterConfig):
+class LoraXSConfig(FactorConfig):
     """Options of LoRA-XS and LoRA-SB.
 
     Raises:
@@ -155,7 +156,7 @@ class LoraXSConfig(AdapterConfig):
         return 1.0 if self.alpha is None else self.alpha / rank
 
 
-class LoraXSModel(AdapterModel):
+class LoraXSModel(FactorModel):
     """Decides the ranks of all targeted modules, and computes the starts that come from data."""
 
     prefix = prefix_of("loraxs")
