@@ -10,7 +10,7 @@ evaluated, so that it is never worse than ``s = 1`` on the batch that was measur
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,10 +55,10 @@ def line_search(loss: Callable[[float], float], evaluations: int = EVALUATIONS, 
     for scale in (1.0, 0.0, 2.0):
         measure(scale)
     while len(known) < evaluations:
-        scale = _next(sorted(known.items()), largest)
-        if scale is None:
+        following = _next(sorted(known.items()), largest)
+        if following is None:
             break
-        measure(scale)
+        measure(following)
     # Of equals the one nearest to what was trained.
     best = min(known, key=lambda scale: (known[scale], abs(scale - 1)))
     return Search(best, known[best], known[1.0], len(known))
@@ -92,7 +92,7 @@ def _vertex(points: list[tuple[float, float]]) -> float | None:
 
 
 @contextmanager
-def scaled(boosters: Iterable[Any], scale: float) -> Any:
+def scaled(boosters: Iterable[Any], scale: float) -> Iterator[None]:
     """Inside, the boosters in training are ``scale`` times what they are."""
     kept = [(own, own.scaling) for own in boosters]
     try:
