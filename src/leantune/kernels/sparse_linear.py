@@ -78,6 +78,11 @@ def _csr(values: Tensor, index: Tensor, out: int, width: int) -> Tensor:
     return torch.sparse_csr_tensor(first, index % width, values, (out, width), check_invariants=False)
 
 
+def _turned(product: Tensor) -> Tensor:
+    # Copied first: an addition of a transposed matrix takes several times as long.
+    return product.t().contiguous()
+
+
 def _stretches(index: Tensor, out: int, width: int, itemsize: int) -> Iterator[tuple[slice, slice, Tensor]]:
     """Stretches of rows: the rows, their entries, and where these stand in the flat stretch (int64)."""
     step = max(1, CHUNK_BYTES // (width * itemsize))
@@ -112,8 +117,8 @@ class _SparseLinear(torch.autograd.Function):
         ctx.out = out
         if by_entries(out, width, values.numel(), x.device):
             wide = rows.to(values.dtype)
-            share = torch.sparse.mm(_csr(values, index, out, width), wide.t()).t()
-            y = share.contiguous() if weight is None else F.linear(rows, weight, bias).add_(share)
+            share = _turned(torch.sparse.mm(_csr(values, index, out, width), wide.t()))
+            y = share if weight is None else F.linear(rows, weight, bias).add_(share)
             return y.view(*x.shape[:-1], out)
         y = rows.new_zeros(len(rows), out) if weight is None else F.linear(rows, weight, bias)
         for part, entries, local in _stretches(index, out, width, rows.element_size()):
@@ -146,8 +151,8 @@ def _backward_by_entries(
     matrix = _csr(values, index, ctx.out, x.shape[-1])
     wide = grad_y.to(values.dtype)
     if ctx.needs_input_grad[0]:
-        share = torch.sparse.mm(matrix.t(), wide.t()).t()
-        grad_x = share.to(x.dtype).contiguous() if weight is None else (grad_y @ weight).add_(share)
+        share = _turned(torch.sparse.mm(matrix.t(), wide.t()))
+        grad_x = share.to(x.dtype) if weight is None else (grad_y @ weight).add_(share)
     if ctx.needs_input_grad[3]:
         blank = torch.sparse_csr_tensor(
             matrix.crow_indices(), matrix.col_indices(), torch.zeros_like(values), matrix.shape, check_invariants=False
@@ -163,8 +168,10 @@ def _backward_by_chunks(
     joined = weight if weight is not None and weight.dtype == values.dtype else None
     grad_x = None
     if ctx.needs_input_grad[0]:
-        apart = weight is not None and joined is None
-        grad_x = grad_y @ weight if apart else torch.zeros_like(x, memory_format=torch.contiguous_format)
+        if weight is not None and joined is None:
+            grad_x = grad_y @ weight
+        else:
+            grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
     grad_values = torch.zeros_like(values) if ctx.needs_input_grad[3] else None
     grad_y = grad_y.to(x.dtype)
     for part, entries, local in _stretches(index, ctx.out, x.shape[-1], x.element_size()):

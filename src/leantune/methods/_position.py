@@ -53,7 +53,7 @@ class Positions:
         source = given.get("input_ids")
         source = given.get("inputs_embeds") if source is None else source
         self._found, self._number, self._lengths, self.shape = {}, None, None, None
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         self.behind_prefix = hasattr(cache, "get_seq_length") and int(cache.get_seq_length()) > 0
         # An image has as many positions as its blocks are given, all of them real.
         if source is None or self.behind_prefix:

@@ -45,7 +45,7 @@ ENTRY_FAULTS = (
     Fault(
         "values in the dtype of a 16-bit base, joined with its weight",
         SPARSE,
-        "share = torch.sparse.mm(_csr(values, index, out, width), wide.t()).t()",
+        "share = _turned(torch.sparse.mm(_csr(values, index, out, width), wide.t()))",
         "weight = None if weight is None else weight + scatter(values, index, out, width).to(weight.dtype)\n"
         "            share = torch.zeros(len(rows), out, dtype=values.dtype)",
         "over a bfloat16 base a small value is rounded away with its weight",
