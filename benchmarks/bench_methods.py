@@ -110,8 +110,8 @@ ARMS: dict[str, Arm] = {
             ("lisa", 1e-4, {"active_blocks": 8, "period": 10}),
             ("galore", 4e-4, {"rank": 64, "update_proj_gap": 50}),
             ("multi-lora", 4e-3, {"r": 8, **ALL_LINEAR}),
-            ("relora", 2e-3, {"r": 8, "steps_per_round": 50, **ALL_LINEAR}),
-            ("cola", 2e-3, {"r": 8, "steps_per_round": 33, **ALL_LINEAR}),
+            ("relora", 2e-3, {"r": 8, "alpha": 16, "steps_per_round": 50, **ALL_LINEAR}),
+            ("cola", 2e-3, {"r": 8, "alpha": 16, "steps_per_round": 33, **ALL_LINEAR}),
         )
     },
 }
