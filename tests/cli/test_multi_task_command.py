@@ -107,6 +107,31 @@ def test_a_task_is_exported_and_noted(run: Path, tmp_path: Path, leantune: Comma
     assert json.loads((run / "run.json").read_text())["exports"][-1]["format"] == "lora"
 
 
+def test_tasks_with_heads_are_scored_and_do_not_write(tiny: Path, tmp_path: Path, leantune: Command) -> None:
+    words = []
+    for name, labels in (("mood", ("good", "bad", "so so")), ("sort", ("item", "thing"))):
+        rows = [{"text": f"name {at}", "label": labels[at % len(labels)]} for at in range(24)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        words += ["--task", f"{name}={tmp_path / name}.jsonl"]
+    words += ["--task", "classification", "--max-steps", "2", "--eval-share", "0.3", "--out", str(tmp_path / "run")]
+    code, _, err = leantune("train", "--model", tiny, *SHORT, *words)
+    assert code == 0, err
+    assert "lowers it" not in err
+    for name, classes in (("mood", 3), ("sort", 2)):
+        code, out, err = leantune("eval", tmp_path / "run", "--adapter", name, "--json")
+        assert code == 0, err
+        found = json.loads(out)["tuned"]["metrics"]
+        assert found.keys() == {"cross_entropy", "accuracy", "f1", "mcc"}
+        record = json.loads((tmp_path / "run" / "run.json").read_text())["tasks"][name]
+        assert len(record["data"]["label_names"]) == classes
+        assert found["mcc"]["value"] == pytest.approx(record["evaluation"]["mcc"])
+        for command in (["generate", "--prompt", "x"], ["chat"]):
+            code, _, err = leantune(command[0], tmp_path / "run", *command[1:], "--adapter", name)
+            assert code == 1
+            assert err.count("\n") == 1
+            assert f"--adapter {name} scores it" in err
+
+
 def test_help_says_what_task_means(leantune: Command) -> None:
     _, out, _ = leantune("train", "--help")
     text = " ".join(out.split())

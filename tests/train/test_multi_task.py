@@ -64,6 +64,8 @@ def test_it_leaves_an_adapter_and_the_figures_of_each_task(given: dict[str, Any]
         assert (folder / "adapter" / name / "README.md").is_file()
     assert record["data"]["rows"] == sum(record["tasks"][name]["data"]["rows"] for name in names)
     assert record["task_parameters"]["total"] < record["task_parameters"]["separate"]
+    # The padding that is told before the first step is that of the rows as they came.
+    assert record["batching"]["padding_share"]["tasks"] == pytest.approx(record["padding_share"], abs=0.05)
     factors = sum(task["trainable_parameters"] for task in record["tasks"].values())
     assert record["trainable_parameters"] == factors
 
@@ -158,6 +160,28 @@ def test_a_shared_projection_that_trains_goes_on_bit_for_bit(encoder: dict[str, 
     files = [each.folder / "adapter" / "pair" / "adapter_model.safetensors" for each in (whole, start)]
     moved, fresh = (load_file(path) for path in files)
     assert all(not torch.allclose(moved[key], fresh[key]) for key in fresh if "shared" in key)
+
+
+def test_what_is_shared_is_clipped_as_the_run_says_and_a_task_as_it_says(encoder: dict[str, Any]) -> None:
+    options = {**encoder["method_options"], "train_shared": True}
+    clips = dict(zip(encoder["tasks"], (1e-3, 1e3, 2e-3), strict=True))
+    tasks = {name: {**task, "clip": clips[name]} for name, task in encoder["tasks"].items()}
+    values = {**encoder, "method_options": options, "tasks": tasks, "clip": 1e-4, "batch_size": 16}
+    trainer: Any = prepare(RunConfig(**values).resolved()).trainer
+    batches, items = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
+    trainer.optimizer = trainer.lr_scheduler = None
+    with torch.no_grad():
+        # The gradient of A is zero where every B is.
+        [each.add_(0.1) for part in trainer.owned.values() for each in part.values()]
+    trainer.compute_loss(trainer.model, batches[0], num_items_in_batch=items).backward()
+    trainer._clip_grad_norm(trainer.model)
+
+    def norm(part: dict[str, Any]) -> float:
+        return float(torch.nn.utils.get_total_norm([each.grad for each in part.values()]))
+
+    assert norm(trainer.shared) == pytest.approx(1e-4, rel=1e-2)
+    assert norm(trainer.owned["pair"]) == pytest.approx(1e-3, rel=1e-2)
+    assert norm(trainer.owned["triple"]) > 1e-2
 
 
 @pytest.mark.parametrize("start", ["gaussian", "orthonormal", "activation_pca"])
@@ -272,6 +296,7 @@ def test_the_dry_run_tells_the_tasks(given: dict[str, Any]) -> None:
     found = dry_run(RunConfig(**given))
     assert list(found["tasks"]) == list(given["tasks"])
     assert found["task_parameters"]["tasks"] == 3
+    assert not any("dropout" in note for note in found["data"]["source"]["notes"])
     assert found["learning_rate"]["tasks"].keys() == found["tasks"].keys()
     assert not given["out"].exists()
 
@@ -287,6 +312,7 @@ def test_the_base_of_several_tasks_has_no_dropout(encoder: dict[str, Any], tmp_p
     for names in (["pair", "triple", "stars"], ["pair"]):
         tasks = {name: encoder["tasks"][name] for name in names}
         prepared = prepare(RunConfig(**{**encoder, "model": str(base), "tasks": tasks}).resolved())
+        assert any("own dropout is off" in note for note in prepared.examples.source["notes"])
         trainer = prepared.trainer
         rows = [example for example in trainer.train_dataset if example["task_index"] == 0][:3]
         others = [example for example in trainer.train_dataset if example["task_index"] > 0][:3]

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Sampler, SequentialSampler
 
 from leantune.data import Collator
 from leantune.methods import TrainingPlan
-from leantune.train import LeanTrainer, RunConfig
+from leantune.train import LeanTrainer, RunConfig, fit
 from leantune.train.setup import Prepared, prepare
 from leantune.train.setup import _arguments as arguments
 from leantune.train.task_config import view
@@ -161,6 +162,31 @@ def test_clipping_is_at_work_and_tasks_are_absent(config: RunConfig, monkeypatch
         own = [value for name, value in line.items() if name.startswith("loss/")]
         # The Trainer adds losses up in float32.
         assert line["loss"] == pytest.approx(sum(own), rel=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", TOLERANCE), ("float32", 1e-3)])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_run_of_all_leaves_what_a_run_of_each_leaves(
+    kind: str, dtype: str, tolerance: float, llama_folder: Path, bert_folder: Path, tmp_path: Path, quick: None
+) -> None:
+    """Settings as a user has them: the default schedule, warm-up and clipping, the sampler's own order, two epochs.
+
+    Drawn evenly, as many rows of each task a step as its own run has.
+    """
+    files = causal_tasks(tmp_path) if kind == "decoder" else head_tasks(tmp_path)
+    tasks = {name: {key: own[key] for key in ("data", "kind") if key in own} for name, own in files.items()}
+    base = llama_folder if kind == "decoder" else bert_folder
+    values = settings(base, "llama" if kind == "decoder" else "bert", tasks, tmp_path / "all")
+    values |= {"dtype": dtype, "limit": 6, "epochs": 3, "max_steps": None, "save_steps": 0, "task_sampling": "uniform"}
+    fit(RunConfig(**{**values, "batch_size": 3, "gradient_accumulation": 2}), progress=False)
+    for name, task in tasks.items():
+        fit(RunConfig(**{**values, "tasks": {name: task}, "batch_size": 2, "out": tmp_path / name}), progress=False)
+        found, wanted = (
+            load_file(tmp_path / run / "adapter" / name / "adapter_model.safetensors") for run in ("all", name)
+        )
+        assert found.keys() == wanted.keys()
+        for key, value in wanted.items():
+            assert (found[key] - value).abs().max() <= tolerance * value.abs().max(), key
 
 
 def clip_together(owned: Any, present: Any) -> list[float | None]:

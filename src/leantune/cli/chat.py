@@ -133,7 +133,8 @@ def _open_run(folder: Path, task: str | None) -> Voices:
 
     run = Run.open(folder, task)
     if run.config.task != "causal-lm":
-        got, do = f"trained for {run.config.task}", f"leantune eval {folder} --data FILE scores it"
+        own = f" --adapter {task}" if task else ""
+        got, do = f"trained for {run.config.task}", f"leantune eval {folder} --data FILE{own} scores it"
         raise ConfigError(describe(str(folder), got, "a language model", do))
     say(f"loading {run.config.model} and {run.result}")
     run.load()

@@ -46,7 +46,8 @@ def generate(
 
     opened = Run.open(run, adapter)
     if opened.config.task != "causal-lm":
-        got, do = f"trained for {opened.config.task}", f"leantune eval {run} --data FILE scores it"
+        own = f" --adapter {adapter}" if adapter else ""
+        got, do = f"trained for {opened.config.task}", f"leantune eval {run} --data FILE{own} scores it"
         raise ConfigError(describe(str(run), got, "a language model", do))
     say(f"loading {opened.config.model}" + ("" if base else f" and {opened.result}"))
     opened.load()

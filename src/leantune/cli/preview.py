@@ -95,7 +95,8 @@ def _print_steps(out: Console, found: dict[str, Any]) -> None:
     elif steps["epochs"] > 1:
         share += " (in the first epoch)"
     if steps["padding_share"] > _MUCH_PADDING and not config["group_by_length"] and not config["packing"]:
-        share += f"; --{'packing' if config['streaming'] else 'group-by-length'} lowers it"
+        way = "packing" if config["streaming"] else "group-by-length"
+        share += f"; --{'gradient-accumulation of smaller batches' if config['tasks'] else way} lowers it"
     _line(out, "padding", share)
 
 

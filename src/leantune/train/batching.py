@@ -103,6 +103,8 @@ def batch_line(facts: dict[str, Any], rows: int | None) -> str:
             f"packing {rows:,} rows in {facts['packs']:,} sequences of {facts['pack_length']:,} tokens, "
             f"{facts['pack_filled']:.0%} filled; padding {shares['plain']} -> {shares['packed']}"
         )
+    if facts["way"] == "tasks":
+        return f"batches of rows of all tasks; padding {shares['tasks']}"
     others = {"plain": "plain", "grouped": "grouped by length", "packed": "packed"}
     rest = ", ".join(f"{others[name]} {share}" for name, share in shares.items() if name != facts["way"])
     return f"batches padding {shares[facts['way']]} ({rest})"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from leantune import adapters
 from leantune.core import atomic
+from leantune.data import Encoded
+from leantune.data.packing import padding_share
 from leantune.models import BaseModel
 from leantune.train.card import card
 from leantune.train.config import RunConfig
@@ -36,7 +38,7 @@ def before(prepared: Prepared) -> dict[str, Any]:
 
     Returns:
         ``tasks`` (of each one kind, rows, settings, share of the rows drawn, parameters), ``data`` and ``eval_data`` of
-        all of them together, and ``task_parameters``, their number against as many separate LoRAs.
+        all of them together, ``task_parameters``, their number against as many separate LoRAs, and ``batching``.
     """
     tasks: list[Task] = prepared.tasks
     trainer = cast("TaskTrainer", prepared.trainer)
@@ -66,7 +68,17 @@ def before(prepared: Prepared) -> dict[str, Any]:
         "data": _together(facts, "data", prepared.examples.source),
         "eval_data": _together(facts, "eval_data", {}) if prepared.examples.evaluation is not None else None,
         "task_parameters": {**parameters, "text": str(count)},
+        "batching": _batching(prepared),
     }
+
+
+def _batching(prepared: Prepared) -> dict[str, Any]:
+    """How the rows are put together, with the padding of the first epoch as the sampler orders it."""
+    trainer = cast("TaskTrainer", prepared.trainer)
+    order, size = list(trainer._get_train_sampler()), trainer.args.train_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    share = padding_share(cast(Encoded, prepared.examples.train).lengths, batches)
+    return {"way": "tasks", "padding_share": {"tasks": share}, "rows_counted": len(order)}
 
 
 def _together(tasks: dict[str, Any], part: str, source: dict[str, Any]) -> dict[str, Any]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from leantune.methods._row_task import seeded
+
 TEMPERATURE = 2.0
 """Of ``temperature`` sampling where none is given: shares as the square roots of the row counts."""
-
-_LARGEST_SEED = 2**63
 
 
 def task_shares(
@@ -54,33 +54,40 @@ def draws(rows: Sequence[int], shares: Sequence[float]) -> list[int]:
 
 
 class TaskSampler(Sampler[int]):
-    """Row indices of an epoch, the tasks mixed; they depend on seed and epoch alone.
+    """Row indices of an epoch, the tasks evenly mixed.
 
     A task's rows come in passes: each row once, in a new order, before any comes again; a pass goes on from one epoch
-    to the next. Drawn in proportion, an epoch is exactly one pass of every task.
+    to the next. Which row comes when is a function of seed and name: the same whatever tasks are beside it. Drawn in
+    proportion, an epoch is exactly one pass of every task.
+
+    The rows of a task stand at equal distances, so every step has its share of each task, up to a row or so. How a step
+    is cut into forward passes changes nothing but their cost: rows are sorted by length before the cut, since tasks
+    differ in length, and by task after it, so that no layer has to.
 
     Args:
         tasks: ``(rows,)`` the task number of each row.
-        shares: of each task among the rows drawn, summing to one.
+        shares: of each task among the rows drawn, by its name; summing to one.
         seed: of the order.
-        lengths: tokens of each row. The rows of an optimizer step are then sorted by them: how a step is cut into
-            forward passes changes nothing but the padding, and tasks differ in length.
-        rows_a_step: rows of an optimizer step.
+        lengths: tokens of each row.
+        rows_a_pass: rows of a forward pass.
+        passes: forward passes of an optimizer step.
     """
 
     def __init__(
         self,
         tasks: Sequence[int],
-        shares: Sequence[float],
+        shares: Mapping[str, float],
         seed: int,
         *,
-        lengths: Sequence[int] = (),
-        rows_a_step: int = 1,
+        lengths: Sequence[int],
+        rows_a_pass: int,
+        passes: int = 1,
     ) -> None:
-        self.lengths, self.rows_a_step = torch.tensor(lengths), rows_a_step
-        numbers = torch.tensor(tasks)
-        self.rows = [(numbers == task).nonzero().flatten() for task in range(len(shares))]
-        self.draws = draws([len(rows) for rows in self.rows], shares)
+        self.tasks, self.lengths = torch.tensor(tasks), torch.tensor(lengths)
+        self.rows_a_pass, self.passes = rows_a_pass, passes
+        self.rows = {name: (self.tasks == task).nonzero().flatten() for task, name in enumerate(shares)}
+        counts = draws([len(rows) for rows in self.rows.values()], list(shares.values()))
+        self.draws = dict(zip(shares, counts, strict=True))
         self.seed = seed
         self.epoch = 0
 
@@ -89,30 +96,31 @@ class TaskSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(self.draws)
+        return sum(self.draws.values())
 
     def __iter__(self) -> Iterator[int]:
-        drawn = torch.cat([self._drawn(task, count) for task, count in enumerate(self.draws)])
-        order = torch.randperm(len(drawn), generator=self._generator(len(self.rows), self.epoch))
-        drawn = drawn[order]
-        if len(self.lengths):
-            steps = drawn.split(self.rows_a_step)
-            drawn = torch.cat([rows[self.lengths[rows].argsort(descending=True, stable=True)] for rows in steps])
-        return iter(drawn.tolist())
+        drawn = torch.cat([self._drawn(name, count) for name, count in self.draws.items()])
+        places = torch.cat([self._places(name, count) for name, count in self.draws.items()])
+        order = []
+        for step in drawn[places.argsort(stable=True)].split(self.rows_a_pass * self.passes):
+            by_length = step[self.lengths[step].argsort(descending=True, stable=True)]
+            for rows in by_length.split(self.rows_a_pass):
+                order += rows[self.tasks[rows].argsort(stable=True)].tolist()
+        return iter(order)
 
-    def _drawn(self, task: int, count: int) -> Tensor:
+    def _places(self, name: str, count: int) -> Tensor:
+        """Where the rows of a task stand in the epoch, between 0 and 1: evenly, from a drawn beginning."""
+        begin = torch.rand((), generator=seeded("place", self.seed, name, self.epoch), dtype=torch.float64)
+        return (torch.arange(count) + begin) / count
+
+    def _drawn(self, name: str, count: int) -> Tensor:
         """The rows of a task that this epoch takes from its endless sequence of passes."""
-        own = self.rows[task]
+        own = self.rows[name]
         first, size = self.epoch * count, len(own)
         passes = range(first // size, -(-(first + count) // size))
-        sequence = torch.cat([own[torch.randperm(size, generator=self._generator(task, each))] for each in passes])
+        order = [own[torch.randperm(size, generator=seeded("rows", self.seed, name, each))] for each in passes]
         start = first - passes.start * size
-        return sequence[start : start + count]
-
-    def _generator(self, stream: int, number: int) -> torch.Generator:
-        """A generator of its own for each pass of each task, and for the mixing of each epoch."""
-        seed = ((self.seed * 1_000_003 + stream) * 1_000_003 + number) % _LARGEST_SEED
-        return torch.Generator().manual_seed(seed)
+        return torch.cat(order)[start : start + count]
 
 
 def steps_by_task(sampler: Any, tasks: Sequence[int], count: int, rows_a_step: int, steps: int) -> list[int]:

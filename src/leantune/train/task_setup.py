@@ -51,12 +51,14 @@ def prepare_tasks(config: RunConfig, checkpoints: Path, *, resume: bool = False)
     base, tasks, heads = _load(config, rows)
     _check_names(base, list(tasks), config)
     _encode(tasks, rows, base)
-    switch_off_dropout(base.model)
+    notes = _notes(tasks)
+    if switch_off_dropout(base.model):
+        notes.append("the base's own dropout is off: it is drawn for a batch as a whole, whatever its tasks")
     model = apply_tasks(config, base, list(tasks), heads)
     examples = Examples(
         joined([task.train for task in tasks.values()]),
         _evaluation(list(tasks.values())),
-        source={"tasks": {name: task.source for name, task in tasks.items()}, "notes": _notes(tasks)},
+        source={"tasks": {name: task.source for name, task in tasks.items()}, "notes": notes},
     )
     trainer = build_trainer(config, base, model, examples, checkpoints, list(tasks.values()))
     return Prepared(base, examples, model, trainer, list(tasks.values()))

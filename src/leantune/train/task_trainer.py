@@ -81,12 +81,13 @@ class TaskTrainer(LeanTrainer):
             got = f"{max(self.args.world_size, self.args.n_gpu)} processes or devices"
             do = "train on one, or each task in a run of its own"
             raise ConfigError(describe("tasks", got, "one: a task may be absent from some of them", do))
-        # The trainer clips at all when any task does.
+        self._shared_clip = self.args.max_grad_norm
+        # The trainer clips at all when any part does.
         self.args.max_grad_norm = max(self._clips())
 
     def _clips(self) -> list[float]:
         """The largest gradient norm of each task, and that of what they share."""
-        return [task.config.clip for task in self.tasks.values()] + [self.args.max_grad_norm] * bool(self.shared)
+        return [task.config.clip for task in self.tasks.values()] + [self._shared_clip] * bool(self.shared)
 
     @property
     def _parts(self) -> list[Named]:
@@ -109,16 +110,16 @@ class TaskTrainer(LeanTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         rows: Any = train_dataset if train_dataset is not None else self.train_dataset
         numbers, lengths = [example[TASK] for example in rows], [len(example["input_ids"]) for example in rows]
-        return TaskSampler(numbers, self.shares(), self.args.seed, lengths=lengths, rows_a_step=self._rows_a_step())
-
-    def _rows_a_step(self) -> int:
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps
+        size, passes = self.args.train_batch_size, self.args.gradient_accumulation_steps
+        shares = dict(zip(self.names, self.shares(), strict=True))
+        return TaskSampler(numbers, shares, self.args.seed, lengths=lengths, rows_a_pass=size, passes=passes)
 
     def steps_by_task(self, steps: int) -> list[int]:
         """In how many of a run's optimizer steps each task takes part."""
         rows: Any = self.train_dataset
         numbers = [example[TASK] for example in rows]
-        return steps_by_task(self._get_train_sampler(), numbers, len(self.names), self._rows_a_step(), steps)
+        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return steps_by_task(self._get_train_sampler(), numbers, len(self.names), rows_a_step, steps)
 
     # The loss
 
