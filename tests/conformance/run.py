@@ -12,11 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -83,11 +85,18 @@ def fetch(peft_version: str) -> Path:
     return cached
 
 
-def prepare(sdist: Path, peft_version: str) -> Path:
-    """Unpack PEFT's tests into a fresh folder from which they run; nothing in the archive may leave that folder."""
-    stage = BUILD / "stage"
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
+@contextmanager
+def prepare(sdist: Path, peft_version: str) -> Iterator[Path]:
+    """A folder of this run alone, removed in the end, from which PEFT's tests run; the archive writes nowhere else."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="stage-", dir=BUILD, ignore_cleanup_errors=True) as folder:
+        stage = Path(folder)
+        unpack(sdist, peft_version, stage)
+        yield stage
+
+
+def unpack(sdist: Path, peft_version: str, stage: Path) -> None:
+    """Unpack PEFT's tests, with settings of our own, into an empty folder."""
     root = f"peft-{peft_version}/"
     with tarfile.open(sdist) as archive:
         members = [each for each in archive.getmembers() if each.name.startswith(root + "tests/")]
@@ -101,13 +110,11 @@ def prepare(sdist: Path, peft_version: str) -> Path:
             archive.extract(member, stage, filter="data")
     (stage / "tests" / "__init__.py").touch()
     (stage / "pytest.ini").write_text(PYTEST_INI, encoding="utf-8")
-    return stage
 
 
 def run(method: str, stage: Path) -> Outcome:
     """PEFT's tests on one method, in a process of its own that finds no Hub."""
-    report, log = BUILD / f"{method}.json", BUILD / f"{method}.log"
-    report.unlink(missing_ok=True)
+    report, log = stage / f"{method}.json", BUILD / f"{method}.log"
     # Asking the Hub must fail at once and visibly, not wait for a connection.
     offline = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(HERE / "plugin.py"), str(stage), method, str(report)]
@@ -198,14 +205,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     installed = version("peft")
     try:
-        stage = prepare(options.sdist or fetch(installed), installed)
         names = [CONTROL] if options.control else options.method or methods_to_test()
         outcomes = []
-        for name in names:
-            outcomes.append(run(name, stage))
-            print(outcomes[-1].line(), flush=True)
-            for reason, count in outcomes[-1].skips.items():
-                print(f"{'':12} {count:4} skipped: {reason.removeprefix('Skipped: ')}")
+        with prepare(options.sdist or fetch(installed), installed) as stage:
+            for name in names:
+                outcomes.append(run(name, stage))
+                print(outcomes[-1].line(), flush=True)
+                for reason, count in outcomes[-1].skips.items():
+                    print(f"{'':12} {count:4} skipped: {reason.removeprefix('Skipped: ')}")
     except ConformanceError as error:
         print(error, file=sys.stderr)
         return 1

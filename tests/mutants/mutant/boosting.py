@@ -113,8 +113,8 @@ BOOSTING_FAULTS = (
     Fault(
         "warm-up of the first round alone",
         BOOSTING,
-        "self._factor = min(1.0, (within + 1) / (self.config.warmup_steps + 1))",
-        "self._factor = min(1.0, (state.global_step + 1) / (self.config.warmup_steps + 1))",
+        "self._factor = min(1.0, (within + 1) / (warmup + 1))",
+        "self._factor = min(1.0, (state.global_step + 1) / (warmup + 1))",
         "later boosters get the whole rate on moments of one gradient",
         (RATES,),
     ),

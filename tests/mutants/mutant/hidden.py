@@ -131,7 +131,7 @@ BESIDE_FAULTS = (
         "series-adapter-toy-llama and identity_at_init",
     ),
     Fault(
-        "forgotten scaling",
+        "scaling of a bottleneck forgotten",
         BOTTLENECK,
         "self.bottleneck_up[adapter](hidden) * config.scaling",
         "self.bottleneck_up[adapter](hidden)",
