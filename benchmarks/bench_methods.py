@@ -3,12 +3,11 @@
     python benchmarks/bench_methods.py run [--bench e2e] [--arms s2ft,lora] [--stage tune]   # resumable, shareable
     python benchmarks/bench_methods.py report                                                # JSON, table and plot
 
-Three benches, 800 training rows each. ``e2e``: the embedded SmolLM2-135M-Instruct
-(dequantised from a 4-bit copy) on E2E NLG, 100 steps of 8 rows, sacrebleu BLEU on the 200 distinct test inputs with all
-references (greedy, 48 new tokens, whatever the model writes is scored); forgetting is the change of the loss on
-WikiText-2 (``--text``), where it is there. ``mrpc`` and ``cola``: the encoder MiniLM-L6 on GLUE (``--glue``), 100 and 400
-steps of 16 rows (after 100 every method answers CoLA by the majority), a head that trains whole beside every method;
-accuracy and MCC on the validation split.
+Three benches, 800 training rows each. ``e2e``: the embedded SmolLM2-135M-Instruct (dequantised from a 4-bit copy) on
+E2E NLG, 100 steps of 8 rows, sacrebleu BLEU on the 200 distinct test inputs with all references (greedy, 48 new tokens,
+whatever the model writes is scored); forgetting is the change of the loss on WikiText-2 (``--text``), where it is there.
+``mrpc`` and ``cola``: the encoder MiniLM-L6 on GLUE (``--glue``), 100 and 400 steps of 16 rows (after 100 every method
+answers CoLA by the majority), a head that trains whole beside every method; accuracy and MCC on the validation split.
 
 1. Tune: every arm runs half the steps at five log-spaced rates or more, seed 0; the lowest loss on held-out rows wins,
    and a winner at the edge of its grid widens the grid until it is not.
