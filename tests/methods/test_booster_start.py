@@ -17,6 +17,9 @@ from leantune.methods._booster_start import aligned, aligned_share
 from leantune.methods._boosting_option import STARTS
 from leantune.testing.closeness import assert_close, assert_differs, assert_same, assert_same_state
 
+# The loops here are plain ones, which XGBLoRA says are no rounds.
+pytestmark = pytest.mark.filterwarnings("ignore:XGBLoRA trains without rounds:UserWarning")
+
 EXACT = torch.float64
 
 

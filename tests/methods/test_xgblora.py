@@ -26,6 +26,9 @@ from leantune.testing.subject import objective, trained
 from packed_fixture import load, make_llama
 from text_fixture import byte_tokenizer
 
+# The loops here are plain ones, which XGBLoRA says are no rounds.
+pytestmark = pytest.mark.filterwarnings("ignore:XGBLoRA trains without rounds:UserWarning")
+
 
 def test_all_problems_of_a_config_at_once() -> None:
     with pytest.raises(ConfigError) as caught:

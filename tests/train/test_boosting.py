@@ -134,12 +134,18 @@ def test_the_optimizer_holds_as_much_after_twenty_rounds_as_in_the_first(tmp_pat
     assert len(set().union(*(blocks_of(step["active"]) for step in watch.steps))) == BLOCKS
 
 
-def test_the_rate_rises_at_the_start_of_each_round_and_the_schedule_goes_on(tmp_path: Path) -> None:
-    model = wrap(steps_per_round=4, warmup_steps=3)
+@pytest.mark.parametrize(
+    ("steps", "warmup", "factors"), [(4, 2, [1 / 3, 2 / 3, 1, 1]), (2, 100, [1 / 2, 1]), (1, 2, [1])]
+)
+def test_the_rate_rises_at_the_start_of_each_round_and_the_schedule_goes_on(
+    tmp_path: Path, steps: int, warmup: int, factors: list[float]
+) -> None:
+    """A warm-up longer than half of a round is cut: the rate of the run is reached in every round."""
+    model = wrap(steps_per_round=steps, warmup_steps=warmup)
     watch = watched(tmp_path, model, lr_scheduler_type="linear", learning_rate=0.08)
     schedule = [0.08 * (1 - step / 8) for step in range(8)]
     for step, plain in zip(watch.steps, schedule, strict=True):
-        factor = (step["step"] % 4 + 1) / 4
+        factor = factors[step["step"] % steps]
         assert step["rates"] == pytest.approx([plain * factor] * len(step["rates"]), rel=1e-12)
         assert step["back"] == pytest.approx([plain] * len(step["back"]), rel=1e-12)
         assert watch.logs[step["step"]]["learning_rate"] == pytest.approx(plain * factor, rel=1e-12)
@@ -163,6 +169,7 @@ def test_backward_stops_at_the_lowest_chosen_block(tmp_path: Path) -> None:
         assert flags[:BLOCKS] == [number >= block for number in range(BLOCKS)]
 
 
+@pytest.mark.filterwarnings("ignore:XGBLoRA trains without rounds:UserWarning")
 def test_nothing_below_the_lowest_chosen_block_is_saved_for_backward(tmp_path: Path) -> None:
     def saved(chosen: int) -> int:
         model = wrap()
@@ -265,10 +272,41 @@ def test_what_was_trained_outside_of_rounds_is_not_lost(tmp_path: Path) -> None:
     assert_close(answer(model), before.double(), torch.float32, 64, 64, wrong=(answer(llama()),))
 
 
-def test_as_many_rounds_as_were_asked_for(tmp_path: Path) -> None:
-    model = wrap(num_boost_round=3)
-    watch = watched(tmp_path, model, max_steps=20)
+@pytest.mark.parametrize("given", [{"max_steps": 20}, {"max_steps": -1, "num_train_epochs": 1}])
+def test_as_many_rounds_as_were_asked_for(tmp_path: Path, given: dict[str, int]) -> None:
+    """They are the length of the run and of its schedule; an epoch here has four steps."""
+    model = wrap(num_boost_round=3, warmup_steps=0)
+    watch = watched(tmp_path, model, lr_scheduler_type="linear", learning_rate=0.06, **given)
     assert (len(watch.steps), model.num_boosted_rounds()) == (6, 3)
+    assert [step["rates"][0] for step in watch.steps] == pytest.approx([0.01 * left for left in range(6, 0, -1)])
+
+
+def test_fewer_steps_than_the_rounds_need_end_it(tmp_path: Path) -> None:
+    model = wrap(num_boost_round=9)
+    assert len(watched(tmp_path, model, max_steps=4).steps) == 4
+
+
+def test_callbacks_that_come_late_end_it_after_the_rounds_too(tmp_path: Path) -> None:
+    model = wrap(num_boost_round=2)
+    made = trainer(model, tmp_path)
+    made.args.max_steps = 20
+    made.train()
+    assert (made.state.global_step, model.num_boosted_rounds()) == (4, 2)
+
+
+def test_training_that_nobody_divides_into_rounds_is_told_so_once(tmp_path: Path) -> None:
+    model = wrap().train()
+    with pytest.warns(UserWarning, match=r"without rounds, as a plain LoRA.*leantune\.callbacks"):
+        model(input_ids=tokens())
+    model(input_ids=tokens())
+    boosted_model = wrap()
+    watched(tmp_path, boosted_model, max_steps=2)
+    # Evaluation and references are no training.
+    answer(wrap())
+    with torch.no_grad():
+        wrap().train()(input_ids=tokens())
+    with pytest.warns(UserWarning, match="without rounds"):
+        boosted_model.train()(input_ids=tokens())
 
 
 def test_reference_forwards_in_the_middle_of_a_round_wake_no_booster(tmp_path: Path) -> None:
@@ -313,13 +351,16 @@ def test_an_optimizer_over_one_round_is_refused(tmp_path: Path) -> None:
 def test_several_processes_are_refused_in_one_sentence(which: dict[str, Any]) -> None:
     arguments = SimpleNamespace(**{"world_size": 1, "deepspeed": None, "fsdp": [], "torch_compile": False, **which})
     with pytest.raises(MethodError, match="which processes that share gradients cannot follow; one process; train in"):
+        Boosting(wrap(), "default").on_init_end(arguments, TrainerState(), None)  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="one process"):
         Boosting(wrap(), "default").on_train_begin(arguments, TrainerState(), None)  # type: ignore[arg-type]
 
 
 def test_compiling_is_refused() -> None:
     arguments = SimpleNamespace(torch_compile=True)
-    with pytest.raises(MethodError, match="each round has another graph"):
-        Boosting(wrap(), "default").on_train_begin(arguments, TrainerState(), None)  # type: ignore[arg-type]
+    for event in ("on_init_end", "on_train_begin"):
+        with pytest.raises(MethodError, match="each round has another graph"):
+            getattr(Boosting(wrap(), "default"), event)(arguments, TrainerState(), None)
 
 
 def test_a_checkpoint_without_its_adapter_is_refused(tmp_path: Path) -> None:

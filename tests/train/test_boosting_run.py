@@ -12,11 +12,15 @@ import torch
 
 import leantune
 from boosting_fixture import layers
+from leantune.adapters import merging, parity
+from leantune.adapters.export import export_run, merge_run
 from leantune.cli import main
-from leantune.core.errors import MethodError
+from leantune.core.errors import AdapterError, MethodError
+from leantune.data import read_rows
+from leantune.evaluate import evaluate
 from leantune.models import content_hash, load_base
 from leantune.testing.closeness import assert_differs, assert_same
-from leantune.train import LeanTrainer, Run, RunConfig, fit, resume
+from leantune.train import LeanTrainer, Run, RunConfig, dry_run, fit, resume
 from leantune.train.record import read_metrics
 from train.conftest import VOCABULARY
 from train.resume_fixture import Killed, act_at, assert_same_run, kill, tensors_of
@@ -165,6 +169,83 @@ def test_a_resumed_run_stops_as_early(settings: dict[str, Any], rows_file: Path,
     resumed = resume(settings["out"], progress=False)
     assert_same_run(settings["out"], tmp_path / "whole")
     assert resumed.summary["results"] == whole.summary["results"]
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(settings: dict[str, Any]) -> None:
+    with pytest.raises(MethodError, match="leave compile out"):
+        run({**settings, "compile": True})
+    assert [each.name for each in settings["out"].iterdir()] == ["checkpoints"], "the trainer's empty folder"
+
+
+def test_the_record_tells_what_trains_in_a_step(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    done = fit(RunConfig(**{**settings, "max_steps": 1}))
+    blocks = list(layers(done.model))
+    assert len({path.split(".")[2] for path in blocks}) == 2
+    assert done.summary["trained_at_once"] * 2 == done.summary["trainable_parameters"]
+    assert f"at most {done.summary['trained_at_once']:,} in a step" in capsys.readouterr().err
+    found = dry_run(RunConfig(**{**settings, "out": settings["out"].with_name("dry")}))
+    assert found["bytes"]["optimizer"] == 2 * 4 * found["parameters"]["at_once"]
+    assert found["parameters"]["at_once"] == done.summary["trained_at_once"]
+
+
+def test_the_first_rounds_of_a_run_by_every_command(
+    settings: dict[str, Any], rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings |= {"method_options": {**OPTIONS, "num_boost_round": 3}, "lr": 0.05}
+    done = run(settings)
+    ids = torch.randint(3, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
+    done.model.set_iteration_range((0, 2))
+    wanted = done.model(input_ids=ids).logits
+
+    def typed(*words: Any) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        assert not ended.value.code, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    typed("export", settings["out"], "--format", "native", "--rounds", 2, "--out", tmp_path / "two")
+    two = leantune.load(None, tmp_path / "two")
+    assert_same(two(input_ids=ids).logits, wanted, "logits of the first two rounds")
+    assert (two.num_boosted_rounds(), two.peft_config["default"].num_boosted_rounds) == (2, 2)
+    sizes = [(each / "adapter_model.safetensors").stat().st_size for each in (done.result, tmp_path / "two")]
+    assert sizes[1] < sizes[0]
+    assert done.load()[1].num_boosted_rounds() == 3, "the run is as it was"
+
+    scores = json.loads(
+        typed("eval", settings["out"], "--data", rows_file, "--rounds", 2, "--metrics", "loss", "--json")
+    )
+    whole = json.loads(typed("eval", settings["out"], "--data", rows_file, "--metrics", "loss", "--json"))
+    same = evaluate(two, done.tokenizer, read_rows(rows_file), metrics=["loss"], resamples=10).to_dict()
+    assert scores["tuned"]["metrics"]["loss"]["value"] == same["metrics"]["loss"]["value"]
+    assert scores["tuned"]["metrics"]["loss"]["value"] != whole["tuned"]["metrics"]["loss"]["value"]
+    typed("generate", settings["out"], "--prompt", "Facts : one red cat Answer :", "--rounds", 1, "--max-new-tokens", 4)
+
+
+@pytest.mark.parametrize("export", [export_run, merge_run])
+def test_the_first_rounds_are_what_is_exported_and_merged(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export: Any
+) -> None:
+    """What is written, and what it is held to, is the adapter of the first rounds."""
+    settings |= {"method_options": {**OPTIONS, "num_boost_round": 3}, "lr": 0.05}
+    done = run(settings)
+    held: list[int] = []
+
+    def compared(model: Any, *arguments: Any, **keywords: Any) -> Any:
+        held.append(model.num_boosted_rounds())
+        raise Killed
+
+    monkeypatch.setattr(parity, "compare", compared)
+    monkeypatch.setattr(merging, "compare", compared)
+    with pytest.raises(Killed):
+        export(settings["out"], tmp_path / "out", rounds=1)
+    assert held == [1]
+    for rounds in (0, 4):
+        with pytest.raises(AdapterError, match=f"{rounds} rounds: the adapter has 3; 1 to 3"):
+            export(settings["out"], tmp_path / "out", rounds=rounds)
+    lora = run({**settings, "method": "lora", "method_options": {}, "out": tmp_path / "lora"})
+    with pytest.raises(AdapterError, match="1 rounds: a run of lora; an adapter that is trained in rounds"):
+        export(lora.folder, tmp_path / "out", rounds=1)
+    assert done.model.num_boosted_rounds() == 3
 
 
 def test_evaluation_every_few_rounds(settings: dict[str, Any], rows_file: Path) -> None:

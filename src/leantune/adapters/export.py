@@ -15,6 +15,7 @@ from leantune.adapters import conversion as converting
 from leantune.adapters import folder as adapter_folder
 from leantune.adapters import merging, parity, record, skeleton, verification
 from leantune.adapters.recompression import require_exact
+from leantune.adapters.truncation import keep_rounds
 from leantune.core.atomic import new_folder, write_json
 from leantune.core.errors import AdapterError, LeantuneError, describe, did_you_mean
 from leantune.methods._factor_file import RECOMPUTED, SHARED, STORED
@@ -45,6 +46,7 @@ def export_run(
     dtype: str | None = None,
     rank: int | None = None,
     exact: bool = False,
+    rounds: int | None = None,
     base: BaseModel | str | None = None,
     overwrite: bool = False,
     note: bool = True,
@@ -63,6 +65,7 @@ def export_run(
         dtype: see :func:`leantune.convert_to_lora`.
         rank: recompress to this rank. Where that leaves something out, parity is measured and recorded, not demanded.
         exact: refuse a rank that leaves something out.
+        rounds: of a boosted adapter, only its first so many rounds.
         base: the base model, where the record does not tell.
         overwrite: replace a non-empty ``out_dir``.
         note: add the numbers to run.json.
@@ -86,9 +89,10 @@ def export_run(
     source = adapter_of(run)
     say("loading the trained model")
     base_model, model = _open(source, base)
+    keep_rounds(model, rounds, drop=True)
     if format in FACTOR_FORMATS:
         say("writing it, and reading it back")
-        result = _write_own_form(source, base_model, model, target, format)
+        result = {"rounds": rounds, **_write_own_form(source, base_model, model, target, format)}
         if note:
             _note(source, result)
         return result
@@ -119,6 +123,7 @@ def export_run(
         result = {
             "format": format,
             "folder": str(target),
+            "rounds": rounds,
             "conversion": {**conversion.to_dict(), "folder": str(target)},
             "parity": measured.to_dict(),
         }
@@ -152,6 +157,7 @@ def merge_run(
     new_tokens: int = DEFAULT_NEW_TOKENS,
     base: BaseModel | str | None = None,
     onto: str = "trained",
+    rounds: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -166,6 +172,7 @@ def merge_run(
         onto: ``trained``: the base as it was trained on, dequantised where it was packed, and the merged model must
             give the same answers; ``original``: of a run on a quantised base, the base before quantisation, which
             training never met: parity is measured and said, and not demanded.
+        rounds: of a boosted adapter, only its first so many rounds.
         overwrite: replace a non-empty ``out_dir``.
         progress: told what happens, in words.
 
@@ -184,6 +191,7 @@ def merge_run(
     source = adapter_of(run)
     say("loading the trained model")
     base_model, model = _open(source, base)
+    keep_rounds(model, rounds, drop=True)
     tokenizer = base_model.encoder
     merging.refuse_unmergeable(model, "default")
     original = _original(source, base_model, base) if onto == "original" else None
@@ -195,7 +203,7 @@ def merge_run(
         measured = merging.compare(model, temporary, "default", tokenizer, chosen, new_tokens, progress)
         result["parity"] = measured.to_dict()
         merging.write_record(temporary, {**facts, **result}, None)
-        result = {"format": "merged", "folder": str(target), **result}
+        result = {"format": "merged", "folder": str(target), "rounds": rounds, **result}
         _note(source, result)
         if original is None:
             measured.require(f"merged model of {source}")

@@ -20,6 +20,9 @@ from typer.core import TyperCommand
 TaskOfRun = Annotated[
     str | None, typer.Option("--adapter", metavar="task", help="Of a run with several tasks: which one.")
 ]
+Rounds = Annotated[
+    int | None, typer.Option(metavar="number", help="Of a boosted adapter (xgblora): its first so many rounds alone.")
+]
 _NAMES_WIDTH = 26
 _HELP_WIDTH = 100
 

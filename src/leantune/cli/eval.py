@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from leantune.cli.command import TaskOfRun, console, one_command, progress_bar, say
+from leantune.cli.command import Rounds, TaskOfRun, console, one_command, progress_bar, say
 
 if TYPE_CHECKING:
     from leantune.cli.comparison import Comparison
@@ -38,6 +38,7 @@ def evaluate_run(
     metrics: Annotated[str | None, typer.Option(metavar="name,name", help="Only these metrics.")] = None,
     limit: Annotated[int | None, typer.Option(metavar="int", help="Use only the first rows of the file.")] = None,
     adapter: TaskOfRun = None,
+    rounds: Rounds = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Language models: loss and perplexity of the answers, and exact match, BLEU and chrF (sacrebleu) of what the
@@ -45,7 +46,7 @@ def evaluate_run(
     their own metrics. Of a run with several tasks each one is scored on its own rows, unless --adapter names one.
 
     Brackets are 95% intervals (bootstrap over inputs); the last column is the paired difference on the same inputs,
-    coloured when its interval leaves out zero. The numbers also go into run.json.
+    coloured when its interval leaves out zero. The numbers also go into run.json, unless --limit or --rounds is given.
     """
     from leantune.core.errors import ConfigError, describe
     from leantune.train import Run
@@ -55,8 +56,8 @@ def evaluate_run(
     opened = Run.open(run, adapter)
     if not opened.config.tasks:
         chosen, split, rows = _rows(opened, data, form, columns, limit)
-        found = _scores(opened, rows, settings)
-        if limit is None:
+        found = _scores(opened, rows, settings, rounds)
+        if limit is None and rounds is None:
             _note(opened, chosen, found, split)
         _show({"data": chosen.as_posix()}, opened, found, as_json)
         return
@@ -68,8 +69,8 @@ def evaluate_run(
     all_rows = {name: _rows(opened.of_task(name), None, form, columns, limit) for name in opened.config.tasks}
     for name, (chosen, split, rows) in all_rows.items():
         task = opened.of_task(name)
-        found = _scores(task, rows, settings)
-        if limit is None:
+        found = _scores(task, rows, settings, rounds)
+        if limit is None and rounds is None:
             _note(task, chosen, found, split)
         if as_json:
             scored[name] = _plain({"data": chosen.as_posix()}, task, found)
@@ -104,11 +105,13 @@ def _rows(
     raise ConfigError(describe("--data", "missing", wanted, do))
 
 
-def _scores(opened: Run, rows: list[Any], settings: dict[str, Any]) -> Comparison:
+def _scores(opened: Run, rows: list[Any], settings: dict[str, Any], rounds: int | None) -> Comparison:
+    from leantune.adapters.truncation import keep_rounds
     from leantune.cli.comparison import compare
 
     say(f"loading {opened.config.model} and {opened.result}")
     opened.load()
+    keep_rounds(opened.model, rounds)
     with progress_bar() as progress:
         return compare(opened, rows, progress=progress, **settings)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from leantune.cli.command import TaskOfRun, console, one_command, say
+from leantune.cli.command import Rounds, TaskOfRun, console, one_command, say
 from leantune.cli.parity import print_parity
 
 
@@ -36,6 +36,7 @@ def export(
         typer.Option(metavar="number", help="Recompress to this rank; what that leaves out is measured and said."),
     ] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Refuse a --rank that leaves something out.")] = False,
+    rounds: Rounds = None,
     adapter: TaskOfRun = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
@@ -55,6 +56,7 @@ def export(
         pad_rank=pad_rank,
         rank=rank,
         exact=exact,
+        rounds=rounds,
         overwrite=overwrite,
         progress=say,
     )

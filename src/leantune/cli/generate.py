@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leantune.cli.command import TaskOfRun, console, one_command, printable, progress_bar, say
+from leantune.cli.command import Rounds, TaskOfRun, console, one_command, printable, progress_bar, say
 from leantune.core.errors import ConfigError, DataError, describe, raise_all
 
 
@@ -31,6 +31,7 @@ def generate(
     seed: Annotated[int, typer.Option(metavar="int", help="Seed of the draws.")] = 0,
     stop: Annotated[str | None, typer.Option(help="End an answer at this text too.")] = None,
     adapter: TaskOfRun = None,
+    rounds: Rounds = None,
     chat: Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the model's chat template.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Ask the base model, without what was trained.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print prompts and answers as JSON.")] = False,
@@ -39,6 +40,7 @@ def generate(
     asked through its chat template with --chat.
     """
     prompts = _prompts(prompt or [], file)
+    from leantune.adapters.truncation import keep_rounds
     from leantune.cli.comparison import base_of
     from leantune.data import Row, prompt_ids
     from leantune.evaluate import generate as answer
@@ -51,6 +53,7 @@ def generate(
         raise ConfigError(describe(str(run), got, "a language model", do))
     say(f"loading {opened.config.model}" + ("" if base else f" and {opened.result}"))
     opened.load()
+    keep_rounds(opened.model, rounds)
     asked: list[Any] = list(prompts)
     if chat:
         turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": ""}] for text in prompts]

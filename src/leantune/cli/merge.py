@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from leantune.cli.command import TaskOfRun, console, one_command, say
+from leantune.cli.command import Rounds, TaskOfRun, console, one_command, say
 from leantune.cli.parity import print_parity
 
 
@@ -28,6 +28,7 @@ def merge(
         ),
     ] = "trained",
     adapter: TaskOfRun = None,
+    rounds: Rounds = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
 ) -> None:
     """The merged folder loads with stock transformers. Before it is written, both models answer the same prompts (the
@@ -38,7 +39,15 @@ def merge(
     from leantune.adapters import merge_run
     from leantune.adapters.folder import of_task
 
-    result = merge_run(of_task(run, adapter), out, prompts=prompt or None, onto=onto, overwrite=overwrite, progress=say)
+    result = merge_run(
+        of_task(run, adapter),
+        out,
+        prompts=prompt or None,
+        onto=onto,
+        rounds=rounds,
+        overwrite=overwrite,
+        progress=say,
+    )
     screen = console()
     print_parity(screen, result["parity"])
     if result.get("merged_onto"):

@@ -51,7 +51,8 @@ def _line(out: Console, title: str, text: str) -> None:
 def _print_parameters(out: Console, found: dict[str, Any]) -> None:
     numbers = found["parameters"]
     trained, total = numbers["trained"], numbers["total"]
-    _line(out, "trains", f"{trained:,} of {total:,} parameters ({trained / total:.2%})")
+    at_once = f", at most {numbers['at_once']:,} in a step" if numbers["at_once"] < trained else ""
+    _line(out, "trains", f"{trained:,} of {total:,} parameters ({trained / total:.2%}){at_once}")
     names = [f"{group['name']} x{group['count']}" for group in numbers["groups"]]
     width = max((len(name) for name in names), default=0)
     for name, group in zip(names, numbers["groups"], strict=True):

@@ -17,6 +17,7 @@ from leantune.core.errors import MethodError, describe
 from leantune.methods._block import BlockSampler, block_of
 from leantune.methods._booster import NO_ROUND, Booster
 from leantune.methods._line_search import search_boosters
+from leantune.methods._plan import TrainingPlan
 
 
 class Boosting(TrainerCallback):
@@ -52,6 +53,29 @@ class Boosting(TrainerCallback):
         self._told: dict[str, Any] = {}
         self._step_loss: Callable[[], float] | None = None
 
+    def plan(self) -> TrainingPlan:
+        """What it asks of the training loop."""
+        return TrainingPlan(
+            callbacks=[self],
+            needs_evaluation="early_stopping_rounds needs a validation loss"
+            if self.config.early_stopping_rounds
+            else "",
+            is_settled=lambda: self.settled,
+            is_over=self.is_over,
+            trained_at_once=self._trained_at_once(),
+            take_step_loss=self.take_step_loss if self.config.line_search else None,
+        )
+
+    def _trained_at_once(self) -> int:
+        """With the largest blocks drawn; heads that train whole train in every round."""
+        sizes = [sum(self._size(path) for path in paths) for paths in self.blocks.values()]
+        resting = sum(sorted(sizes)[: len(sizes) - self.sampler.size])
+        return sum(each.numel() for each in self.tuner.parameters() if each.requires_grad) - resting
+
+    def _size(self, path: str) -> int:
+        own = self.booster(path)
+        return own.A.numel() + own.B.numel()
+
     def booster(self, path: str) -> Booster:
         """The boosters of a layer."""
         found: Booster = self.layers[path].booster(self.adapter)
@@ -60,6 +84,16 @@ class Boosting(TrainerCallback):
     def boosters(self) -> Iterator[tuple[str, Booster]]:
         """Path and boosters of every layer."""
         return ((path, self.booster(path)) for path in self.layers)
+
+    @override
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **keywords: Any
+    ) -> None:
+        """Refuse what cannot be before anything is written; as many steps as rounds were asked for."""
+        self._require_steady(args)
+        if self.config.num_boost_round is not None:
+            steps = self.config.num_boost_round * self.config.steps_per_round
+            args.max_steps = min(steps, args.max_steps) if args.max_steps > 0 else steps
 
     @override
     def on_train_begin(
@@ -75,7 +109,7 @@ class Boosting(TrainerCallback):
         if state.global_step == 0:
             self._settle_before()
         self.tuner.set_iteration_range(None, self.adapter)
-        self._has_begun = True
+        self._has_begun = self.tuner.has_rounds = True
         self._offset = self.tuner.num_boosted_rounds(self.adapter) - done
         number = self._offset + done
         training = [path for path, own in self.boosters() if within and int(own.round) == number]
@@ -130,7 +164,9 @@ class Boosting(TrainerCallback):
         for _, own in self.boosters():
             if own.resting:
                 own.A.grad = own.B.grad = None
-        self._factor = min(1.0, (within + 1) / (self.config.warmup_steps + 1))
+        # A warm-up longer than that would keep a short round from ever reaching the rate of the run.
+        warmup = min(self.config.warmup_steps, self.config.steps_per_round // 2)
+        self._factor = min(1.0, (within + 1) / (warmup + 1))
         groups = _inner(keywords.get("optimizer")).param_groups
         self._rates = [group["lr"] for group in groups]
         for group in groups:
@@ -265,6 +301,7 @@ class Boosting(TrainerCallback):
             if best[0] + 1 < rounds:
                 self.tuner.set_iteration_range((0, best[0] + 1), self.adapter)
                 self.settled = False
+        self.tuner.has_rounds = False
         for path, own in self.boosters():
             own.working, own.resting = None, False
             own.start(self.config.seed, path, rounds)

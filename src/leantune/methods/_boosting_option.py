@@ -1,4 +1,4 @@
-"""Options of boosting beyond rounds and blocks, and the papers that are settings of it."""
+"""Options of boosting beyond rounds and blocks, its results, and the papers that are settings of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STARTS = ("random", "gradient")
 
 @dataclass
 class BoostingOptions(AdapterConfig):
-    """How a booster starts and how it is kept."""
+    """How a booster starts, how it is kept, and what training found."""
 
     start: str = field(
         default="random",
@@ -28,6 +28,25 @@ class BoostingOptions(AdapterConfig):
             "help": "Keep a round's boosters at the scale in [0, 4] with the lowest loss on the round's last batch, "
             "found by at most six forward passes over it; never worse there than as trained."
         },
+    )
+
+    iteration_range: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Set by Leantune: the rounds [first, end) that count; all are saved. model.set_iteration_range "
+            "changes it.",
+            "is_result": True,
+        },
+    )
+    num_boosted_rounds: int | None = field(
+        default=None, metadata={"help": "Set by Leantune: the rounds that were trained.", "is_result": True}
+    )
+    best_iteration: int | None = field(
+        default=None,
+        metadata={"help": "Set by Leantune: the round, from 0, with the lowest validation loss.", "is_result": True},
+    )
+    best_score: float | None = field(
+        default=None, metadata={"help": "Set by Leantune: the validation loss after that round.", "is_result": True}
     )
 
     def option_problems(self) -> list[str]:

@@ -35,6 +35,7 @@ class TrainingPlan:
             step. It does not where the end of training chooses among what was trained.
         is_over: ``(TrainerState) -> bool``: whether the method ends the training at this step, whatever steps are
             left. A run that goes on from a checkpoint asks it first.
+        trained_at_once: the most parameters that a step trains, where it trains only some of those that are trainable.
         take_step_loss: called once, before training, with ``() -> float``: the loss of the newest optimizer step's
             batches by the model as it then stands, in evaluation mode and without gradients.
     """
@@ -53,4 +54,5 @@ class TrainingPlan:
     needs_evaluation: str = ""
     is_settled: Callable[[], bool] | None = None
     is_over: Callable[[Any], bool] | None = None
+    trained_at_once: int | None = None
     take_step_loss: Callable[[Callable[[], float]], None] | None = None

@@ -18,11 +18,12 @@ multiply by a working copy of it, rebuilt from ``W`` and the float32 sum of the 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from peft import get_peft_model
-from torch import nn
 
 from leantune.core.errors import ConfigError, MethodError, describe, did_you_mean, raise_all
 from leantune.methods._base import AdapterModel
@@ -31,7 +32,6 @@ from leantune.methods._boosted_linear import XGBLoraLinear
 from leantune.methods._boosting import Boosting
 from leantune.methods._boosting_option import PRESETS, BoostingOptions
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
-from leantune.methods._plan import TrainingPlan
 from leantune.methods._registry import Method, register
 
 
@@ -55,7 +55,8 @@ class XGBLoraConfig(BoostingOptions):
     num_boost_round: int | None = field(
         default=None,
         metadata={
-            "help": "Rounds after which training ends, if it has not ended before. Default: what its steps allow."
+            "help": "Rounds to train: they are the length of the run and its schedule, whatever epochs says, unless "
+            "max_steps is less. Default: what the steps allow."
         },
     )
     block_sampling: str = field(
@@ -73,7 +74,10 @@ class XGBLoraConfig(BoostingOptions):
     )
     warmup_steps: int = field(
         default=2,
-        metadata={"help": "Steps at the start of each round in which the learning rate rises to that of the run."},
+        metadata={
+            "help": "Steps at the start of each round in which the learning rate rises to that of the run; at most "
+            "half of the round."
+        },
     )
     fold: bool = field(
         default=False,
@@ -94,24 +98,6 @@ class XGBLoraConfig(BoostingOptions):
             "help": "End training when this many rounds brought no lower validation loss, and predict with the rounds "
             "up to the best (needs eval_data)."
         },
-    )
-    iteration_range: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Set by Leantune: the rounds [first, end) that count; all are saved. model.set_iteration_range "
-            "changes it.",
-            "is_result": True,
-        },
-    )
-    num_boosted_rounds: int | None = field(
-        default=None, metadata={"help": "Set by Leantune: the rounds that were trained.", "is_result": True}
-    )
-    best_iteration: int | None = field(
-        default=None,
-        metadata={"help": "Set by Leantune: the round, from 0, with the lowest validation loss.", "is_result": True},
-    )
-    best_score: float | None = field(
-        default=None, metadata={"help": "Set by Leantune: the validation loss after that round.", "is_result": True}
     )
 
     def __post_init__(self) -> None:
@@ -150,11 +136,26 @@ _LEAST = {
 }
 
 
+_WITHOUT_ROUNDS = (
+    "XGBLoRA trains without rounds, as a plain LoRA in all layers at once: give the trainer "
+    "callbacks=leantune.callbacks(model), or train with leantune"
+)
+
+
 class XGBLoraModel(AdapterModel):
     """Injects the layers, and says which rounds count."""
 
     prefix = prefix_of("xgblora")
     tuner_layer_cls = XGBLoraLinear
+    # Whether somebody runs the rounds, or has been told that nobody does.
+    has_rounds = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own; training that nobody divides into rounds is told so, once."""
+        if self.training and not self.has_rounds and torch.is_grad_enabled():
+            self.has_rounds = True
+            warnings.warn(_WITHOUT_ROUNDS, stacklevel=2)
+        return super().forward(*args, **kwargs)
 
     def layer_options(self, config: XGBLoraConfig, path: str) -> dict[str, Any] | None:
         """The path, by which a booster's start is drawn."""
@@ -209,24 +210,10 @@ class XGBLoraModel(AdapterModel):
                 layer.fold(name)
         config = cast(XGBLoraConfig, self.peft_config[name])
         config.iteration_range = None if span is None or drop else list(span)
-
-
-def _plan(model: nn.Module) -> TrainingPlan:
-    adapter = cast(Any, model).active_adapters[0]
-    boosting = Boosting(model, adapter)
-    stops = "early_stopping_rounds needs a validation loss" if boosting.config.early_stopping_rounds else ""
-    take_loss = boosting.take_step_loss if boosting.config.line_search else None
-    return TrainingPlan(
-        callbacks=[boosting],
-        needs_evaluation=stops,
-        is_settled=lambda: boosting.settled,
-        is_over=boosting.is_over,
-        take_step_loss=take_loss,
-    )
-
-
-def _apply(model: nn.Module, config: XGBLoraConfig) -> nn.Module:
-    return get_peft_model(model, config)
+        if drop:
+            config.num_boosted_rounds = self.num_boosted_rounds(name)
+            if config.best_iteration is not None and config.best_iteration >= config.num_boosted_rounds:
+                config.best_iteration = config.best_score = None
 
 
 register_with_peft("xgblora", XGBLoraConfig, XGBLoraModel)
@@ -238,8 +225,8 @@ METHOD = register(
         formula="W + sum_t (alpha / r) B_t A_t",
         paper="XGBLoRA, arXiv 2410.19694",
         trainable_parameters=lambda config, out_features, in_features: config.r * (out_features + in_features),
-        apply=_apply,
-        plan=_plan,
+        apply=lambda model, config: get_peft_model(model, config),
+        plan=lambda model: Boosting(model, cast(Any, model).active_adapters[0]).plan(),
         default_learning_rate=2e-3,
         toy_options={"r": 2, "blocks_per_round": 1, "steps_per_round": 2},
     )

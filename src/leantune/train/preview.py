@@ -44,9 +44,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
         config: the settings.
 
     Returns:
-        ``base``, ``method``, ``parameters`` (trained, total, and ``groups``: parameters of one name, shape and dtype
-        over all blocks), ``data`` and ``eval_data``, ``steps`` (batches, steps, epochs; tokens and padding share of the
-        first epoch), ``learning_rate`` (peak, warm-up, the rate at some steps), ``bytes`` (of what trains, its
+        ``base``, ``method``, ``parameters`` (trained, at_once, total, and ``groups``: parameters of one name, shape and
+        dtype over all blocks), ``data`` and ``eval_data``, ``steps`` (batches, steps, epochs; tokens and padding share
+        of the first epoch), ``learning_rate`` (peak, warm-up, the rate at some steps), ``bytes`` (of what trains, its
         gradients, the optimizer), ``writes`` (each file or folder of the run folder), and ``config``, all of it.
 
     Raises:
@@ -58,16 +58,18 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
     # A tracker may write as soon as a trainer has it, so this one gets none.
     with tempfile.TemporaryDirectory(prefix="leantune-dry-run-") as scratch:
         prepared = prepare(config.model_copy(update={"report_to": []}), checkpoints=Path(scratch))
-        known = summaries.before(config, prepared.base, prepared.model, prepared.examples)
+        known = summaries.before(config, prepared.base, prepared.model, prepared.examples, prepared.trainer.plan)
         known |= task_result.before(prepared) if prepared.tasks else {}
         steps = _steps(prepared.trainer)
-        trained = {name: each for name, each in prepared.model.named_parameters() if each.requires_grad}
-        size = sum(each.numel() * each.element_size() for each in trained.values())
+        trained = [each for each in prepared.model.parameters() if each.requires_grad]
+        size = sum(each.numel() * each.element_size() for each in trained)
+        at_once = math.ceil(size * known["trained_at_once"] / max(known["trainable_parameters"], 1))
         found = {
             "base": known["base"],
             "method": {"name": known["method"]["name"], "title": known["method"]["title"], "config": config_of(known)},
             "parameters": {
                 "trained": known["trainable_parameters"],
+                "at_once": known["trained_at_once"],
                 "total": known["total_parameters"],
                 "groups": parameter_groups(prepared.model),
             },
@@ -76,9 +78,9 @@ def dry_run(config: RunConfig) -> dict[str, Any]:
             "eval_data": known["eval_data"],
             "steps": steps,
             "learning_rate": _learning_rate(config, prepared.trainer, steps["steps"]),
-            "bytes": {"trained": size, "gradients": size, "optimizer": _OPTIMIZER_COPIES * size},
+            "bytes": {"trained": size, "gradients": at_once, "optimizer": _OPTIMIZER_COPIES * at_once},
             "device": str(prepared.trainer.args.device),
-            "writes": _writes(config, prepared, size, steps["steps"]),
+            "writes": _writes(config, prepared, at_once, steps["steps"]),
             "config": known["config"],
         }
     return {name: plain(value) for name, value in found.items()}

@@ -42,9 +42,11 @@ class Report(TrainerCallback):
         """What is about to be trained on what."""
         base, data = summary["base"], summary["data"]
         trained, total = summary["trainable_parameters"], summary["total_parameters"]
+        at_once = summary["trained_at_once"]
         self.say(f"base    {base['name']}" + (f" ({base['note']})" if base["note"] else ""))
         self.say(
             f"method  {summary['method']['name']}: trains {trained:,} of {total:,} parameters ({trained / total:.2%})"
+            + (f", at most {at_once:,} in a step" if at_once < trained else "")
         )
         if summary.get("tasks"):
             for place, line in enumerate(task_lines(summary["tasks"], summary["task_parameters"])):

@@ -186,7 +186,7 @@ def _run(config: RunConfig, point: Resumption | None, lock: Lock, progress: bool
     reset_peak_memory()
     prepared = prepare(config, resume=point is not None)
     base, examples, model, trainer = prepared.base, prepared.examples, prepared.model, prepared.trainer
-    summary = summaries.before(config, base, model, examples)
+    summary = summaries.before(config, base, model, examples, trainer.plan)
     if prepared.tasks:
         summary |= task_result.before(prepared)
 

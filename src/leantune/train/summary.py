@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from leantune.data import Encoded, RowStream, data_hash
+from leantune.methods import TrainingPlan
 from leantune.models import BaseModel
 from leantune.train import distributed
 from leantune.train.batching import batching, stream_facts
@@ -19,10 +20,12 @@ from leantune.train.trainer import LeanTrainer
 _TIMING = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
 
-def before(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -> dict[str, Any]:
+def before(config: RunConfig, base: BaseModel, model: Any, examples: Examples, plan: TrainingPlan) -> dict[str, Any]:
     """Model, method, data, settings and machine, before the first step."""
     method = config.chosen_method
     adapters = {name: each.to_dict() for name, each in getattr(model, "peft_config", {}).items()}
+    counts = parameter_counts(model)
+    at_once = counts["trainable_parameters"] if plan.trained_at_once is None else plan.trained_at_once
     evaluation = None
     if config.eval_data is not None and examples.evaluation is not None:
         evaluation = data_facts(config.eval_data, examples.evaluation, "validation")
@@ -44,7 +47,8 @@ def before(config: RunConfig, base: BaseModel, model: Any, examples: Examples) -
         "data": {**data_facts(config.data, examples.train), "source": examples.source},
         "eval_data": evaluation,
         "batching": batching(config, examples.train, examples.packs),
-        **parameter_counts(model),
+        **counts,
+        "trained_at_once": at_once,
         "config": config.model_dump(mode="json"),
         "processes": distributed.processes(),
         "environment": environment(),
