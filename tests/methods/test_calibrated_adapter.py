@@ -130,6 +130,21 @@ def test_a_module_that_is_never_reached_is_named() -> None:
         dict(data.weight_gradients({"idle": LinearGradient(base["idle"], (4, 3))}))
 
 
+def test_what_another_process_reached_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An expert that no row of this process goes to: to refuse it here would leave the others waiting for its sum."""
+    base = scatter_weights(nn.ModuleDict({"used": nn.Linear(3, 4), "idle": nn.Linear(3, 4)}), 0, torch.float64)
+    data = Calibration(
+        base, [{"x": torch.ones(2, 3)}], loss=lambda model, batch: model["used"](batch["x"].double()).sum()
+    )
+    # The other process adds 1 to every sum.
+    monkeypatch.setattr("leantune.methods._calibration._over_processes", lambda total: total + 1)
+    with data.at_rest():
+        sums = data.activations({"idle": LayerActivation(base["idle"], "in", 3)})
+        gradients = dict(data.weight_gradients({"idle": LinearGradient(base["idle"], (4, 3))}))
+    assert_same(sums["idle"], torch.ones(3, dtype=torch.float64), "activations")
+    assert_same(gradients["idle"], torch.ones(4, 3, dtype=torch.float64), "gradient")
+
+
 def test_a_merged_adapter_is_in_the_way() -> None:
     model = get_peft_model(tiny.model("llama"), S2FTConfig())
     model.merge_adapter()

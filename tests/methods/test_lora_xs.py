@@ -152,6 +152,24 @@ def test_the_preconditioned_gradient_is_the_best_one(options: dict[str, Any]) ->
     assert_close(found[1], best, EXACT, 256, 8, wrong=wrong, what="preconditioned")
 
 
+def test_the_preconditioned_gradient_over_a_weight_of_lower_rank() -> None:
+    """Where the factors see two directions of four, it is the best one of those, and no division by zero."""
+    base = linear(torch.float32)
+    with torch.no_grad():
+        base[0].weight.copy_(points(OUT, 2) @ points(2, IN))
+    model = get_peft_model(base, LoraXSConfig(r=4, target_modules=["0"], precondition=True))
+    twin = linear(torch.float32)
+    twin[0].weight.data.copy_(base[0].base_layer.weight)
+    for each in (model.train(), twin):
+        objective(each(points().float())).backward()
+    full, factors = twin[0].weight.grad, own(model)
+    assert full is not None
+    inverses = [torch.linalg.pinv(each.double(), rtol=1e-6) for each in (factors.B, factors.A)]
+    assert int(torch.linalg.matrix_rank(factors.B, rtol=1e-6)) == 2
+    (gradient,) = gradients(model).values()
+    assert_close(gradient, inverses[0] @ full.double() @ inverses[1], torch.float32, 256, 16, what="preconditioned")
+
+
 def test_autograd_keeps_one_narrow_product() -> None:
     """Of a layer with 14 outputs and 10 inputs at rank 4; stock LoRA keeps its whole input too."""
     rows = 50
@@ -286,6 +304,10 @@ def test_all_wrong_options_are_told_at_once() -> None:
     assert "weight_svd" in str(told.value)
     with pytest.raises(ConfigError, match=r"noise: 0\.01 with init_weights=True"):
         LoraXSConfig(noise=0.01)
+    with pytest.raises(ConfigError, match="sketch: 64 with init_weights=True"):
+        LoraXSConfig(sketch=64)
+    with pytest.raises(ConfigError, match="rank_budget: 8 with r=32; r='auto'"):
+        LoraXSConfig(rank_budget=8)
     with pytest.raises(ConfigError, match="sketch: 16; a width of at least 64"):
         LoraXSConfig(r="auto", init_weights="update_svd", sketch=16)
 

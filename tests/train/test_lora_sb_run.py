@@ -95,7 +95,7 @@ def test_the_run_starts_as_initialize_does(optimizer: str, settings: dict[str, A
 
 
 def test_the_command_says_what_the_start_was(settings: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--method", "lora-sb", "--r", "auto", "--rank-budget", "3", "--sketch", "12", "--alpha", "2"]
+    words = ["--method", "lora-sb", "--r", "auto", "--rank-budget", "3", "--sketch", "6", "--alpha", "2"]
     words += ["--max-steps", "2", "--save-steps", "0", "--device", "cpu", "--batch-size", "4", "--warmup-ratio", "0"]
     words += ["--lr", "0.02", "--model", settings["model"], "--data", str(settings["data"])]
     with pytest.raises(SystemExit) as done:
@@ -106,11 +106,11 @@ def test_the_command_says_what_the_start_was(settings: dict[str, Any], capsys: p
     assert "as many rows as 80.00% of an epoch" in shown
     assert "first step of adamw_torch at 0.02" in shown
     assert "of it captured" in shown
-    assert "sketched: subspaces agree to" in shown
+    assert "4 of 14 layers sketched: subspaces agree to" in shown
     record = json.loads((settings["out"] / "run.json").read_text(encoding="utf-8"))
     assert record["config"]["calibration_share"] == 0.001
     config = json.loads((settings["out"] / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert (config["r"], config["sketch"], config["init_weights"]) == ("auto", 12, "update_svd")
+    assert (config["r"], config["sketch"], config["init_weights"]) == ("auto", 6, "update_svd")
     trained = sum(rank**2 for rank in config["ranks"].values())
     assert record["trainable_parameters"] == trained <= 14 * 9
 
@@ -131,7 +131,8 @@ def test_an_optimizer_without_a_known_step_is_refused(settings: dict[str, Any]) 
 def test_a_run_that_goes_on_is_the_one_that_was_not_stopped(
     rank: int | str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {**settings, "save_steps": 2, "method_options": {"r": rank, "rank_budget": 3}}
+    options = {"r": rank} | ({"rank_budget": 3} if rank == "auto" else {})
+    settings = {**settings, "save_steps": 2, "method_options": options}
     whole = fit(RunConfig(**{**settings, "out": settings["out"].parent / "whole"}), progress=False)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         act_at(3, patch, kill)

@@ -91,7 +91,7 @@ def _refuse(config: Any, found: list[Core], adapter_name: str, form: str) -> Non
         raise AdapterError(describe(where, "the base has merged adapters", "its own weights", "unmerge_adapter()"))
     if form == RECOMPUTED and config.start != "weight_svd":
         got = f"its factors come from init_weights={config.init_weights!r}, not from the weight"
-        do = "save them (the default), or share them with other adapters: 'shared'"
+        do = "save them (the default), or share them with other adapters: 'shared', --format shared-factors"
         raise AdapterError(describe(where, got, "init_weights='weight_svd' (lora-xs)", do))
 
 

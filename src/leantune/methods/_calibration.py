@@ -17,6 +17,7 @@ discarded layer by layer). The paper does not say which norm of which sum it tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
@@ -35,6 +36,8 @@ from leantune.core.errors import MethodError, describe
 from leantune.methods._first_step import DEFAULT_OPTIMIZER, Step
 
 GRADIENT_BYTES = 2**30
+# As a float16 itself it must be finite.
+_MOST_ENLARGED = 2.0**15
 Batch = Mapping[str, Any]
 Loss = Callable[[nn.Module, Batch], Tensor]
 Key = TypeVar("Key", bound=Hashable)
@@ -154,6 +157,9 @@ class Calibration:
         parameter = next(model.parameters())
         self.device = parameter.device
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        # A mean over many tokens has gradients below float16's smallest number: they are formed this much larger.
+        tokens = max(self.tokens, 1) if parameter.dtype == torch.float16 else 1
+        self._enlarged = min(2.0 ** round(math.log2(tokens)), _MOST_ENLARGED)
         self._loss = loss
         self._batch: Batch = {}
 
@@ -215,10 +221,12 @@ class Calibration:
                     self.model(**batch)
                 else:
                     self._loss(self.model, batch)
-        for key in wanted:
-            if key not in totals:
-                raise _unreached(key)
-            totals[key] = _over_processes(totals[key]).cpu()
+        _require_reached({key: key in totals for key in wanted}, self.device)
+        for key, source in wanted.items():
+            own = totals.get(key)
+            # Another process may have reached what this one has not.
+            total = torch.zeros(source.shape, dtype=torch.float64, device=self.device) if own is None else own
+            totals[key] = _over_processes(total).cpu()
             _require_finite(key, totals[key])
         return totals
 
@@ -235,7 +243,7 @@ class Calibration:
             totals = {key: torch.zeros(wanted[key].shape, dtype=self.dtype, device=self.device) for key in group}
             self._backward({key: (wanted[key], totals[key]) for key in group})
             for key in group:
-                total = _over_processes(totals.pop(key))
+                total = _over_processes(totals.pop(key).div_(self._enlarged))
                 _require_finite(key, total)
                 yield key, total
                 del total
@@ -262,11 +270,9 @@ class Calibration:
                 share = self._share(batch)
                 if share.requires_grad:
                     # For the root alone: no parameter's own gradient is touched.
-                    torch.autograd.grad(share, root, allow_unused=True)
-        for key, (_, total) in watched.items():
-            # Nobody has ever written to it.
-            if total._version == 0:
-                raise _unreached(key)
+                    torch.autograd.grad(share.to(self.dtype) * self._enlarged, root, allow_unused=True)
+        # Where nobody has ever written, nothing was reached.
+        _require_reached({key: total._version > 0 for key, (_, total) in watched.items()}, self.device)
 
     def _pass(self) -> Iterator[Batch]:
         self.passes += 1
@@ -363,16 +369,21 @@ def _over_processes(total: Tensor) -> Tensor:
     return total
 
 
-def _unreached(key: object) -> MethodError:
-    name = key[1] if isinstance(key, tuple) else key
-    return MethodError(
-        describe(
-            f"module {name}",
-            "no calibration batch reaches it (or the loss does not depend on it)",
-            "batches that go through every targeted module",
-            "leave the module out of target_modules, or give other batches",
+def _require_reached(reached: Mapping[Any, bool], device: torch.device) -> None:
+    # Of all processes together: one that raised alone would leave the others waiting for its sums.
+    counts = _over_processes(torch.tensor([float(each) for each in reached.values()], device=device))
+    for key, count in zip(reached, counts.tolist(), strict=True):
+        if count:
+            continue
+        name = key[1] if isinstance(key, tuple) else key
+        raise MethodError(
+            describe(
+                f"module {name}",
+                "no calibration batch reaches it (or the loss does not depend on it)",
+                "batches that go through every targeted module",
+                "leave the module out of target_modules, or give other batches",
+            )
         )
-    )
 
 
 def _require_finite(key: object, value: Tensor) -> None:

@@ -13,6 +13,8 @@ from leantune.core.linalg import orthonormality_error
 
 ORTHONORMAL = 1e-5
 """Most that an entry of ``B^T B - I`` or ``A A^T - I`` may be off for the factor to count as orthonormal."""
+# A millionth of the largest singular value, squared: what is below is the rounding of float32.
+_SINGULAR = 1e-12
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -28,6 +30,11 @@ class Preconditioned(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         left, right = ctx.saved_tensors
         return (left @ grad.to(left.dtype) @ right).to(grad.dtype), None, None
+
+
+def _inverse(gram: Tensor) -> Tensor:
+    """The inverse; of factors that lack the full rank (a weight of lower rank), on the directions that they have."""
+    return torch.linalg.pinv(gram, rtol=_SINGULAR, hermitian=True)
 
 
 class CoreFactors(nn.Module):
@@ -116,8 +123,8 @@ class CoreFactors(nn.Module):
     def _preconditioner(self) -> tuple[Tensor, Tensor]:
         if self._inverses is None or self._inverses[0].device != self.B.device:
             wide, squared = torch.float64, self.scaling**2
-            left = torch.linalg.inv(self.B.to(wide).t() @ self.B.to(wide)) / squared
-            right = torch.linalg.inv(self.A.to(wide) @ self.A.to(wide).t())
+            left = _inverse(self.B.to(wide).t() @ self.B.to(wide)) / squared
+            right = _inverse(self.A.to(wide) @ self.A.to(wide).t())
             self._inverses = (left.to(self.B.dtype), right.to(self.A.dtype))
         return self._inverses
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from leantune.methods import _low_rank_start as starting
 from leantune.methods import _rank_budget as budgeting
 from leantune.methods._base import linear_features
 from leantune.methods._calibration import Calibration, GradientSource, LinearGradient
-from leantune.methods._first_step import first_step
+from leantune.methods._first_step import first_step, step_of
 from leantune.methods._selection import seeded
 from leantune.methods._sketch import LinearSketch, RandomMatrices
 
@@ -45,6 +46,9 @@ def estimate(config: Any, bases: Mapping[str, nn.Module], data: Calibration) -> 
                 "call leantune.initialize(model, batches, step_size=...)",
             )
         )
+    if isinstance(data.optimizer, str):
+        # Refuse an unknown one before, and not after, a pass over the batches.
+        step_of(data.optimizer)
     shapes = {path: linear_features(base)[::-1] for path, base in bases.items()}
     name = data.optimizer if isinstance(data.optimizer, str) else getattr(data.optimizer, "__name__", "custom")
     data.told.update(optimizer=name, step_size=data.step_size)
@@ -86,19 +90,22 @@ def _sketched_starts(
 ) -> Starts:
     matrices = RandomMatrices(config.seed, torch.empty(0, dtype=data.dtype, device=data.device))
     sketches = {path: LinearSketch(base, shapes[path], config.sketch, matrices) for path, base in bases.items()}
-    draw = seeded("sampled layer", config.seed)
-    sampled = sorted(bases)[int(torch.randint(len(bases), (), generator=draw))]
+    # A wide sketch would take more room than a small gradient does.
+    sketches = {path: sketch for path, sketch in sketches.items() if sketch.shape[1] < math.prod(shapes[path])}
+    order = torch.randperm(len(bases), generator=seeded("sampled layer", config.seed)).tolist()
+    sampled = next((path for path in map(sorted(bases).__getitem__, order) if path in sketches), None)
+    data.told.update(sketched=len(sketches), layers=len(bases))
     # The one exact gradient comes first, and is compared when its sketch has come.
-    wanted: dict[tuple[str, str], GradientSource] = {
-        ("exact", sampled): LinearGradient(bases[sampled], shapes[sampled])
-    }
-    wanted |= {("sketch", path): sketches[path] for path in sketches}
+    wanted: dict[tuple[str, str], GradientSource] = {}
+    if sampled is not None:
+        wanted["exact", sampled] = LinearGradient(bases[sampled], shapes[sampled])
+    wanted |= {("own", path): sketches.get(path) or LinearGradient(bases[path], shapes[path]) for path in bases}
     exact: Tensor | None = None
     for (kind, path), total in data.weight_gradients(wanted):
         if kind == "exact":
             exact = total
             continue
-        gradient = sketches[path].reconstruct(total)
+        gradient = sketches[path].reconstruct(total) if path in sketches else total
         del total
         if path == sampled and exact is not None:
             data.told.update(_agreement(config, path, exact, gradient, ranks[path], data))

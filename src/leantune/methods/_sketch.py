@@ -1,4 +1,4 @@
-r"""A weight's gradient as two thin sketches, filled while backward reaches the layer: one pass, no matrix of its size.
+r"""A weight's gradient as two thin sketches, filled while backward reaches the layer: no matrix of its size.
 
 With ``G = sum_t dy_t x_t^T (out, in)`` over all tokens, and fixed Gaussian ``Omega (in, k)``, ``Psi (2 k + 1, out)``::
 

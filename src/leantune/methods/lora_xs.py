@@ -97,8 +97,8 @@ class LoraXSConfig(FactorConfig):
     sketch: int | None = field(
         default=None,
         metadata={
-            "help": "update_svd: keep sketches of this width of the gradients instead of the gradients, one pass over "
-            "the rows (approximate; the start then tells how far its subspaces agree with the exact ones)."
+            "help": "update_svd: keep sketches of this width in place of larger gradients, for fewer passes over the "
+            "rows (approximate; the start then tells how far its subspaces agree with the exact ones)."
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of random factors, noise and randomized decompositions."})
@@ -119,22 +119,20 @@ class LoraXSConfig(FactorConfig):
             problems.append(describe("LoraXSConfig.alpha", repr(self.alpha), "a positive number", "leave it out"))
         if not 0 <= self.dropout < 1:
             problems.append(describe("LoraXSConfig.dropout", repr(self.dropout), "a share in [0, 1)", "try 0.05"))
-        if self.init_weights not in _STARTS:
-            known = [name for name in _STARTS if isinstance(name, str)]
-            near = did_you_mean(str(self.init_weights), known)
-            problems.append(
-                describe("LoraXSConfig.init_weights", repr(self.init_weights), "True, False, " + ", ".join(known), near)
-            )
-        if self.split is not None and self.split not in starting.SPLITS:
-            near = did_you_mean(str(self.split), starting.SPLITS)
-            problems.append(
-                describe("LoraXSConfig.split", repr(self.split), "one of " + ", ".join(starting.SPLITS), near)
-            )
+        for name, known in (("init_weights", _STARTS), ("split", (None, *starting.SPLITS))):
+            given, names = getattr(self, name), [each for each in known if isinstance(each, str)]
+            if given not in known:
+                near = did_you_mean(str(given), names)
+                problems.append(describe(f"LoraXSConfig.{name}", repr(given), "one of " + ", ".join(names), near))
         if self.noise < 0:
             problems.append(describe("LoraXSConfig.noise", repr(self.noise), "no negative number", "try 1e-4"))
-        if self.noise and self.start != "update_svd":
-            got = f"{self.noise:g} with init_weights={self.init_weights!r}"
-            problems.append(describe("LoraXSConfig.noise", got, "init_weights='update_svd'", "leave one out"))
+        for name in ("noise", "sketch"):
+            if getattr(self, name) and self.start != "update_svd":
+                got = f"{getattr(self, name):g} with init_weights={self.init_weights!r}"
+                problems.append(describe(f"LoraXSConfig.{name}", got, "init_weights='update_svd'", "leave one out"))
+        if self.rank_budget != LoraXSConfig.rank_budget and self.r != "auto":
+            got = f"{self.rank_budget} with r={self.r}"
+            problems.append(describe("LoraXSConfig.rank_budget", got, "r='auto'", "set r alone, or r to 'auto'"))
         widest = budgeting.WIDEST * self.rank_budget if self.r == "auto" else self.r
         if self.sketch is not None and isinstance(widest, int) and self.sketch < widest:
             wanted = f"a width of at least {widest}, the largest rank"

@@ -80,7 +80,10 @@ def _account(facts: dict[str, Any]) -> str:
     if "captured" in facts:
         parts.append(f"{facts['captured']:.1%} of it captured")
     if "overlap" in facts:
-        parts.append(f"sketched: subspaces agree to {facts['overlap']:.2f} in {facts['overlap_module']}")
+        agreement = f"subspaces agree to {facts['overlap']:.2f} in {facts['overlap_module']}"
+        parts.append(f"{facts['sketched']} of {facts['layers']} layers sketched: {agreement}")
+    elif facts.get("sketched") == 0:
+        parts.append("no layer sketched: no gradient is larger than a sketch this wide")
     return f"calibrated in {facts['time_s']:.1f} s ({', '.join(parts)})"
 
 
