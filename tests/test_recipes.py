@@ -24,8 +24,8 @@ STATED: dict[str, dict[str, Any]] = {
     "dora-commonsense": {"r": 32, "lora_alpha": 64, "lr": 1e-4, "rows": 16},
     "series-adapter-commonsense": {"bottleneck_size": 256, "lr": 3e-4, "rows": 16},
     "parallel-adapter-commonsense": {"bottleneck_size": 256, "lr": 3e-4, "rows": 16},
-    "prefix-commonsense": {"num_virtual_tokens": 10, "rows": 16},
-    "loreft-commonsense": {"r": 8, "positions": "f7+l7", "rows": 32, "epochs": 6},
+    "prefix-commonsense": {"num_virtual_tokens": 10, "rows": 8, "lr": 3e-2, "epochs": 5},
+    "loreft-commonsense": {"r": 8, "positions": "f7+l7", "rows": 32, "epochs": 6, "lr": 9e-4},
     "lora-sb-math": {
         "lr": 1e-4,
         "epochs": 1,
