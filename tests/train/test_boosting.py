@@ -281,6 +281,30 @@ def test_as_many_rounds_as_were_asked_for(tmp_path: Path, given: dict[str, int])
     assert [step["rates"][0] for step in watch.steps] == pytest.approx([0.01 * left for left in range(6, 0, -1)])
 
 
+@pytest.mark.parametrize(
+    ("every", "losses", "steps", "best"),
+    [(1, [3.0, 4.0, 2.0, 5.0, 6.0], 5, 2), (3, [3.0, 2.0, 2.5], 9, 5), (1, [3.0, 3.0, 3.0], 3, 0)],
+)
+def test_patience_counts_rounds_that_were_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, losses: list[float], steps: int, best: int
+) -> None:
+    """The round that would end it may be the best, and between two evaluations nothing is known to be worse."""
+    model = wrap(early_stopping_rounds=2, eval_rounds=every, steps_per_round=1)
+    made = trainer(model, tmp_path, max_steps=20)
+    measured = iter(losses)
+
+    def evaluate(**keywords: Any) -> dict[str, float]:
+        scores = {"eval_loss": next(measured)}
+        made.log(dict(scores))
+        made.control = made.callback_handler.on_evaluate(made.args, made.state, made.control, scores)
+        return scores
+
+    monkeypatch.setattr(made, "evaluate", evaluate)
+    made.train()
+    config = model.peft_config["default"]
+    assert (made.state.global_step, config.best_iteration, config.best_score) == (steps, best, min(losses))
+
+
 def test_fewer_steps_than_the_rounds_need_end_it(tmp_path: Path) -> None:
     model = wrap(num_boost_round=9)
     assert len(watched(tmp_path, model, max_steps=4).steps) == 4

@@ -224,8 +224,9 @@ class Boosting(TrainerCallback):
             return False
         if self.config.num_boost_round is not None and done >= self.config.num_boost_round:
             return True
-        patience, best = self.config.early_stopping_rounds, self._best(state)
-        return patience is not None and best is not None and self._offset + done - 1 - best[0] >= patience
+        patience, scores = self.config.early_stopping_rounds, self._scores(state)
+        # Up to the newest evaluation: a round that is not measured yet may be the best.
+        return patience is not None and bool(scores) and scores[-1][1] - min(scores)[1] >= patience
 
     def take_step_loss(self, compute: Callable[[], float]) -> None:
         """Be given what computes the loss of the newest step's batches, for the line search."""
@@ -257,15 +258,14 @@ class Boosting(TrainerCallback):
         control.should_training_stop |= self.is_over(state)
         return control
 
-    def _best(self, state: TrainerState) -> tuple[int, float] | None:
-        """The round with the lowest validation loss, the earliest of equals, and that loss."""
+    def _scores(self, state: TrainerState) -> list[tuple[float, int]]:
+        """The validation losses after whole rounds, and these rounds."""
         every = self.config.steps_per_round
-        scores = [
+        return [
             (line["eval_loss"], self._offset + line["step"] // every - 1)
             for line in state.log_history
             if line["step"] and line["step"] % every == 0 and math.isfinite(line.get("eval_loss", math.nan))
         ]
-        return min(scores)[::-1] if scores else None
 
     @override
     def on_log(
@@ -295,11 +295,13 @@ class Boosting(TrainerCallback):
             self._offset = rounds - math.ceil(state.global_step / self.config.steps_per_round)
         self.config.num_boosted_rounds = rounds
         self.settled = not partial or self.config.shrinkage == 1
-        best = self._best(state) if self.config.early_stopping_rounds is not None else None
-        if best is not None:
-            self.config.best_iteration, self.config.best_score = best
-            if best[0] + 1 < rounds:
-                self.tuner.set_iteration_range((0, best[0] + 1), self.adapter)
+        scores = self._scores(state) if self.config.early_stopping_rounds is not None else []
+        if scores:
+            # Of equals the earliest.
+            self.config.best_score, best = min(scores)
+            self.config.best_iteration = best
+            if best + 1 < rounds:
+                self.tuner.set_iteration_range((0, best + 1), self.adapter)
                 self.settled = False
         self.tuner.has_rounds = False
         for path, own in self.boosters():
