@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from leantune.core import packed_weight
 from leantune.core.errors import AdapterError, TargetError, describe, did_you_mean
+from leantune.methods._block import keep_chosen_blocks
 from leantune.methods._config import AdapterConfig as AdapterConfig
 from leantune.methods._initialization import StartingLayer, StartingModel
 from leantune.methods._region import read_region, write_region
@@ -308,6 +309,7 @@ class AdapterModel(StartingModel):
                     )
                 )
             peft_config.target_modules = set(found)
+        keep_chosen_blocks(peft_config, self.model)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

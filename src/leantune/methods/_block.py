@@ -1,12 +1,15 @@
-"""The blocks of a model, by the paths of their modules, and which of them a round of boosting trains."""
+"""The blocks of a model, by the paths of their modules: which a config chooses, which a round of boosting trains."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from torch import Tensor, nn
 
+from leantune.core.errors import TargetError, describe
 from leantune.methods._selection import seeded
 
 SAMPLINGS = ("uniform", "balanced", "gradient")
@@ -28,6 +31,26 @@ def block_of(path: str, patterns: Iterable[str] = ()) -> str:
         if part.isdigit() and (not names or (place > 0 and parts[place - 1] in names)):
             return ".".join(parts[: place + 1])
     return path
+
+
+def keep_chosen_blocks(config: Any, model: nn.Module) -> None:
+    """Write "all-linear" out as the paths of the linear layers in the blocks of ``layers_to_transform``.
+
+    PEFT writes out all of them, and of a path that is given whole it does not ask in which block it is.
+
+    Raises:
+        TargetError: no such block has one.
+    """
+    if config.layers_to_transform is None or str(config.target_modules).lower() != "all-linear":
+        return
+    paths = _maybe_include_all_linear_layers(config, model).target_modules
+    config.target_modules = {path.rpartition(".")[2] for path in paths}
+    chosen = {path for path in paths if "." in path and check_target_module_exists(config, path)}
+    if not chosen:
+        got = f"layers_to_transform={config.layers_to_transform!r}"
+        do = "count from 0, or leave it out"
+        raise TargetError(describe("target_modules", got, "blocks that have linear modules", do))
+    config.target_modules = chosen
 
 
 class BlockSampler:

@@ -43,6 +43,11 @@ class AdapterConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 setattr(self, name, set(value))
+        targets = self.target_modules
+        if self.layers_to_transform is not None and isinstance(targets, str) and targets.lower() != "all-linear":
+            got = f"layers_to_transform beside the regular expression {targets!r}"
+            do = "name the blocks in the expression, or give names of modules"
+            raise ConfigError(describe(type(self).__name__, got, "one choice of blocks", do))
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 describe(

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from leantune.core.errors import AdapterError, ConfigError, describe, did_you_mean, raise_all
 from leantune.kernels.sparse_linear import add_entries, sparse_linear
 from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel
-from leantune.methods._block import block_of
 from leantune.methods._entries import EntryDelta, count_entries, random_entries, ranked_entries
 from leantune.methods._peft import add_peft_type, prefix_of, register_with_peft
 from leantune.methods._registry import Method, register
@@ -163,10 +162,6 @@ class SpFTModel(AdapterModel):
         if peft_config.target_modules is None:
             # As in the paper, of any model: PEFT leaves the output head out.
             peft_config.target_modules = "all-linear"
-            if peft_config.layers_to_transform is not None:
-                # PEFT selects blocks by number among names alone.
-                inner = {path.rpartition(".")[2] for path, _ in self._linears() if block_of(path) != path}
-                peft_config.target_modules = inner or "all-linear"
         return super()._prepare_adapter_config(peft_config, model_config)
 
 
