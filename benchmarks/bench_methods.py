@@ -5,7 +5,7 @@
 
 Three benches, 800 training rows each. ``e2e``: the embedded SmolLM2-135M-Instruct (dequantised from a 4-bit copy) on
 E2E NLG, 100 steps of 8 rows, sacrebleu BLEU on the 200 distinct test inputs with all references (greedy, 48 new tokens,
-whatever the model writes is scored); forgetting is the change of the loss on WikiText-2 (``--text``), where it is there.
+whatever the model writes is scored); forgetting is the change of the loss on WikiText-2 (``--text``), if it is there.
 ``mrpc`` and ``cola``: the encoder MiniLM-L6 on GLUE (``--glue``), 100 and 400 steps of 16 rows (after 100 every method
 answers CoLA by the majority), a head that trains whole beside every method; accuracy and MCC on the validation split.
 
