@@ -71,6 +71,22 @@ TASK_FAULTS = (
         (f"{RUNS}::test_the_base_of_several_tasks_has_no_dropout",),
     ),
     Fault(
+        "what is shared is clipped as the most lenient task",
+        TRAINER,
+        "[self._shared_clip] * bool(self.shared)",
+        "[self.args.max_grad_norm] * bool(self.shared)",
+        "one task's clip decides how far the A of all may move",
+        (f"{RUNS}::test_what_is_shared_is_clipped_as_the_run_says_and_a_task_as_it_says",),
+    ),
+    Fault(
+        "a task's rows come in an order of its place in the list",
+        SAMPLER,
+        'seeded("rows", self.seed, name, each)',
+        'seeded("rows", self.seed, list(self.rows).index(name), each)',
+        "adding a task changes the order in which another one sees its rows",
+        ("tests/train/test_task_sampler.py::test_a_tasks_rows_come_in_the_order_they_have_without_the_others",),
+    ),
+    Fault(
         "a pass begins anew in every epoch",
         SAMPLER,
         "first, size = self.epoch * count, len(own)",
