@@ -18,7 +18,7 @@ from leantune import methods
 from leantune.adapters import convert_to_lora
 from leantune.adapters.folder import save
 from leantune.adapters.merging import refuse_unmergeable
-from leantune.core.errors import AdapterError, MethodError
+from leantune.core.errors import AdapterError, ConfigError, MethodError
 from leantune.methods._offset import OffsetFactor, OffsetLinear
 from leantune.testing.closeness import assert_close, assert_same, assert_same_state
 from leantune.testing.subject import calibration_batches, calibration_loss, layers_of, no_grad_logits, start, trained
@@ -220,6 +220,11 @@ def test_a_prefix_is_refused_where_nothing_would_read_it() -> None:
     for task in (None, "SEQ_CLS"):
         with pytest.raises(MethodError, match="a causal language model"):
             methods.get("prefix").apply(tiny.model("llama"), methods.get("prefix").make_config(task_type=task))
+
+
+def test_a_prefix_of_no_tokens_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_virtual_tokens: 0; at least 1"):
+        methods.get("prefix").make_config(task_type="CAUSAL_LM", num_virtual_tokens=0)
 
 
 def test_a_prefix_is_neither_merged_nor_exported(tmp_path: Path) -> None:

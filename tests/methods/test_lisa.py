@@ -186,5 +186,7 @@ def test_an_optimizer_of_the_first_draw_is_refused(tmp_path: Path) -> None:
 def test_options_out_of_range() -> None:
     with pytest.raises(ConfigError, match=r"active_blocks(.|\n)*period"):
         LISAConfig(active_blocks=0, period=0)
+    with pytest.raises(MethodError, match="7 of 6 blocks"):
+        LISA.apply(make_llama(), LISAConfig(active_blocks=7))
     with pytest.raises(MethodError, match="without blocks"):
         LISA.apply(nn.Tanh(), LISAConfig())

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor
+from transformers import GenerationConfig
 
 import leantune
 import tiny
@@ -104,7 +105,7 @@ def test_blocks_of_every_family_are_found(family: str) -> None:
 def test_some_blocks_by_number() -> None:
     assert list(_blocks(_model(layers_to_transform=[1]))) == ["model.layers.1"]
     assert list(_blocks(_model(layers_to_transform=0))) == ["model.layers.0"]
-    with pytest.raises(TargetError, match="target_modules"):
+    with pytest.raises(TargetError, match=r"layers_to_transform=\[7\]; numbers among the 2 blocks"):
         _model(layers_to_transform=[7])
 
 
@@ -257,6 +258,15 @@ def test_decode_steps_are_left_alone() -> None:
     first = model(input_ids=tiny.ids(), use_cache=True)
     found = _seen(model, lambda: model(input_ids=tiny.ids(3, 1), past_key_values=first.past_key_values))
     assert not torch.cat(found).any()
+
+
+@pytest.mark.parametrize(("option", "value"), [("use_cache", False), ("prefill_chunk_size", 2)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_generation_that_cannot_tell_prompt_from_answer_is_refused(option: str, value: Any, whole: bool) -> None:
+    model = _model(task_type="CAUSAL_LM")
+    options: dict[str, Any] = {"generation_config": GenerationConfig(**{option: value})} if whole else {option: value}
+    with pytest.raises(MethodError, match="a cache that the whole prompt is read into at once"):
+        model.generate(input_ids=tiny.ids(), max_new_tokens=2, **options)
 
 
 def test_beams_and_rows_with_their_own_adapters() -> None:

@@ -154,6 +154,9 @@ def _apply(model: nn.Module, config: LISAConfig) -> nn.Module:
         raise MethodError(
             describe("method lisa", "a model without blocks", "a list of blocks", "choose another method")
         )
+    if config.active_blocks > len(blocks):
+        got, wanted = f"{config.active_blocks} of {len(blocks)} blocks", f"at most {len(blocks)}"
+        raise MethodError(describe("LISAConfig.active_blocks", got, wanted, "lower it, or train by full"))
     setattr(model, METHOD_CONFIG, config)
     BlockSampler(model, config).draw(0)
     return model

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from leantune.core import prompt
-from leantune.core.errors import ConfigError, TargetError, describe
+from leantune.core.errors import ConfigError, MethodError, TargetError, describe
 from leantune.methods._base import AdapterConfig, AdapterLayer, AdapterModel, is_adaptable
 from leantune.methods._block import block_of
 from leantune.methods._hidden_edit import CANNOT_MERGE, LoReFTBlock, LoReFTLinear
@@ -114,6 +114,10 @@ class LoReFTModel(AdapterModel):
             # Beside a decoder, the encoder's.
             found = [path for path, block in self._blocks().items() if block not in self._decoder_modules()]
             blocks = {path for path in found if numbers is None or int(path.rpartition(".")[2]) in numbers}
+            if found and not blocks:
+                got = f"layers_to_transform={chosen!r}"
+                do = "count from 0, or leave it out"
+                raise TargetError(describe("target_modules", got, f"numbers among the {len(found)} blocks", do))
             if blocks:
                 # Whole paths: a number alone names many a module.
                 peft_config.target_modules = blocks
@@ -133,6 +137,20 @@ class LoReFTModel(AdapterModel):
             if positions is not None:
                 positions(self.model, args, kwargs)
             return super().forward(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own, of a ``PeftModelForCausalLM``.
+
+        Raises:
+            MethodError: the prompt would not be read in one go, or be read again together with the answer.
+        """
+        settings = {**vars(kwargs.get("generation_config") or self.model.generation_config), **kwargs}
+        has_chunks = settings.get("prefill_chunk_size") is not None
+        if has_chunks or settings.get("use_cache") is False:
+            got = "generation in chunks of the prompt" if has_chunks else "generation without a cache"
+            wanted = "a cache that the whole prompt is read into at once, by which it is told from the answer"
+            raise MethodError(describe("LoReFT", got, wanted, "leave prefill_chunk_size and use_cache out"))
+        return self.model.generate(*args, **kwargs)
 
     def _predicts_text(self) -> bool:
         tasks = {str(getattr(each.task_type, "value", each.task_type)) for each in self.peft_config.values()}

@@ -15,7 +15,7 @@ import torch
 from peft import PrefixTuningConfig, get_peft_model
 from torch import nn
 
-from leantune.core.errors import MethodError, describe
+from leantune.core.errors import ConfigError, MethodError, describe
 from leantune.methods._registry import Method, register
 
 TOKENS = 10
@@ -56,6 +56,9 @@ def _trainable_parameters(config: PrefixTuningConfig, out_features: int, in_feat
 def _prepare(config: PrefixTuningConfig) -> PrefixTuningConfig:
     if config.num_virtual_tokens is None:
         config.num_virtual_tokens = TOKENS
+    if config.num_virtual_tokens < 1:
+        got = repr(config.num_virtual_tokens)
+        raise ConfigError(describe("num_virtual_tokens", got, "at least 1", f"the default is {TOKENS}"))
     return config
 
 

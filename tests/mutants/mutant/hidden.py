@@ -9,6 +9,7 @@ ENTRIES = "leantune/methods/_entries.py"
 EDIT = "leantune/methods/_hidden_edit.py"
 POSITION = "leantune/methods/_position.py"
 PROMPT = "leantune/core/prompt.py"
+LOREFT = "leantune/methods/loreft.py"
 BOTTLENECK = "leantune/methods/bottleneck.py"
 
 SPARSE_TESTS = "tests/kernels/test_sparse_linear.py"
@@ -111,6 +112,14 @@ EDIT_FAULTS = (
         (f"{LOREFT_TESTS}::test_labels_tell_where_the_prompt_ends",),
     ),
     Fault(
+        "generation without a cache",
+        LOREFT,
+        'if has_chunks or settings.get("use_cache") is False:',
+        "if has_chunks:",
+        "each new token is read with the whole text again, whose last positions are those of the answer",
+        (f"{LOREFT_TESTS}::test_generation_that_cannot_tell_prompt_from_answer_is_refused",),
+    ),
+    Fault(
         "the trainer keeps the labels to itself",
         "leantune/train/loss.py",
         "with selected_logits(model, selection), prompt.told_by(selection.labels):",
@@ -121,6 +130,14 @@ EDIT_FAULTS = (
 )
 
 BESIDE_FAULTS = (
+    Fault(
+        "all-linear in every block",
+        "leantune/methods/_base.py",
+        "        keep_chosen_blocks(peft_config, self.model)\n",
+        "",
+        "layers_to_transform beside all-linear changes nothing",
+        ("tests/methods/test_block.py",),
+    ),
     Fault(
         "the second layer starts from noise",
         BOTTLENECK,
