@@ -20,6 +20,7 @@ from leantune.adapters.folder import save
 from leantune.adapters.merging import refuse_unmergeable
 from leantune.core.errors import AdapterError, ConfigError, MethodError
 from leantune.methods._offset import OffsetFactor, OffsetLinear
+from leantune.methods.prefix import starting_text
 from leantune.testing.closeness import assert_close, assert_same, assert_same_state
 from leantune.testing.subject import calibration_batches, calibration_loss, layers_of, no_grad_logits, start, trained
 
@@ -225,6 +226,22 @@ def test_a_prefix_is_refused_where_nothing_would_read_it() -> None:
 def test_a_prefix_of_no_tokens_is_refused() -> None:
     with pytest.raises(ConfigError, match="num_virtual_tokens: 0; at least 1"):
         methods.get("prefix").make_config(task_type="CAUSAL_LM", num_virtual_tokens=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma"])
+def test_a_prefix_starts_as_a_text_that_the_model_has_read(family: str) -> None:
+    model = tiny.model(family, torch.float64)
+    text = starting_text(model, 3)
+    with torch.no_grad():
+        exact = model(input_ids=torch.cat([text.expand(3, 3), tiny.ids()], 1)).logits[:, 3:]
+        plain = model(input_ids=tiny.ids()).logits
+    config = methods.get("prefix").make_config(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    wrapped = methods.get("prefix").apply(model, config)
+    assert_close(no_grad_logits(wrapped, tiny.ids()), exact, torch.float64, 64, 8, wrong=(plain,), what="logits")
+    assert text[0, 0] == 1, "the token that begins a text"
+    zeros = methods.get("prefix").make_config(task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights="zero")
+    values = trained(methods.get("prefix").apply(tiny.model(family), zeros)).values()
+    assert not any(each.any() for each in values)
 
 
 def test_a_prefix_is_neither_merged_nor_exported(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@
 Liang, arXiv 2101.00190, eq. 3, without the network that their training reparametrises the prefix by
 (``prefix_projection`` brings it back).
 
-The prefix is PEFT's. It is put in the cache of keys and values, which gradient checkpointing has no use for.
+The prefix is PEFT's. It is put in the cache of keys and values, which gradient checkpointing has no use for. PEFT
+starts it from a normal distribution of width one, which no model has seen the like of: on the embedded model the loss
+goes from 2.3 to 7 and is at 3.4 after 30 steps. Here it starts at the keys and values that the model itself has for a
+text: the token that begins one, and tokens drawn at random (1.7 after those steps; from zeros 2.1).
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PrefixTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, get_peft_model, initialize_kv_prefix_from_past_key_values
 from torch import nn
 
 from leantune.core.errors import ConfigError, MethodError, describe
@@ -71,7 +74,23 @@ def _apply(model: nn.Module, config: PrefixTuningConfig) -> nn.Module:
     if next(model.parameters()).dtype == torch.float64:
         # PEFT's is float32 over any base.
         wrapped.prompt_encoder.to(torch.float64)
+    if config.init_weights is None and not config.prefix_projection:
+        ids = starting_text(model, config.num_virtual_tokens).to(next(model.parameters()).device)
+        was_training = model.training
+        with torch.no_grad():
+            read = model.eval()(input_ids=ids, use_cache=True)
+        model.train(was_training)
+        initialize_kv_prefix_from_past_key_values(wrapped, past_key_values=read.past_key_values)
     return wrapped
+
+
+def starting_text(model: Any, count: int) -> torch.Tensor:
+    """The tokens whose keys and values a prefix starts at, ``(1, count)``: the same of a model each time."""
+    config = model.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (1, count), generator=torch.Generator().manual_seed(0))
+    if isinstance(config.bos_token_id, int):
+        ids[0, 0] = config.bos_token_id
+    return ids
 
 
 register(
