@@ -227,7 +227,8 @@ METHOD = register(
         trainable_parameters=lambda config, out_features, in_features: config.r * (out_features + in_features),
         apply=lambda model, config: get_peft_model(model, config),
         plan=lambda model: Boosting(model, cast(Any, model).active_adapters[0]).plan(),
-        default_learning_rate=2e-3,
+        # The best of 2, 4 and 8e-3 (validation loss 1.90, 1.66, 1.55) after 40 steps on the embedded model, E2E NLG.
+        default_learning_rate=8e-3,
         toy_options={"r": 2, "blocks_per_round": 1, "steps_per_round": 2},
     )
 )
