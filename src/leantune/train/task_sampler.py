@@ -101,12 +101,9 @@ class TaskSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         drawn = torch.cat([self._drawn(name, count) for name, count in self.draws.items()])
         places = torch.cat([self._places(name, count) for name, count in self.draws.items()])
-        order = []
-        for step in drawn[places.argsort(stable=True)].split(self.rows_a_pass * self.passes):
-            by_length = step[self.lengths[step].argsort(descending=True, stable=True)]
-            for rows in by_length.split(self.rows_a_pass):
-                order += rows[self.tasks[rows].argsort(stable=True)].tolist()
-        return iter(order)
+        rows = drawn[places.argsort(stable=True)]
+        rows = _sorted_within(rows, -self.lengths[rows], self.rows_a_pass * self.passes)
+        return iter(_sorted_within(rows, self.tasks[rows], self.rows_a_pass).tolist())
 
     def _places(self, name: str, count: int) -> Tensor:
         """Where the rows of a task stand in the epoch, between 0 and 1: evenly, from a drawn beginning."""
@@ -121,6 +118,12 @@ class TaskSampler(Sampler[int]):
         order = [own[torch.randperm(size, generator=seeded("rows", self.seed, name, each))] for each in passes]
         start = first - passes.start * size
         return torch.cat(order)[start : start + count]
+
+
+def _sorted_within(rows: Tensor, key: Tensor, size: int) -> Tensor:
+    """The rows, every ``size`` of them sorted by a key."""
+    order = key.argsort(stable=True)
+    return rows[order[(order // size).argsort(stable=True)]]
 
 
 def steps_by_task(sampler: Any, tasks: Sequence[int], count: int, rows_a_step: int, steps: int) -> list[int]:
