@@ -47,18 +47,19 @@ MERGES = ("merge", "merging", "test_forward_float16", "test_forward_bfloat16")
 class Conformance:
     """Puts one config class in the place of PEFT's, keeps its tests, and notes how each ended."""
 
-    def __init__(self, method: str, config: type, *, mergeable: bool = True) -> None:
-        self.method = method
-        self.config = config
-        self.own = case.of(method)
-        self.mergeable = mergeable
+    def __init__(self, tested: Any, owner: str) -> None:
+        self.method = tested.name
+        self.config = tested.config
+        self.preset = tested.options
+        self.own = case.of(owner)
+        self.mergeable = tested.mergeable
         self.selected: list[str] = []
         self.outcomes: dict[str, str] = {}
         self.skips: collections.Counter[str] = collections.Counter()
 
     def options(self, **given: Any) -> dict[str, Any]:
-        """The options of one config: what the method always needs, and what the case gives."""
-        return {**self.own.options, **given}
+        """The options of one config: what the method's name sets, what it always needs, and what the case gives."""
+        return {**self.preset, **self.own.options, **given}
 
     def different(self, **given: Any) -> Any:
         """A config that is not the identity from the start."""
@@ -123,7 +124,7 @@ class Conformance:
         replace_rows(wrong, "test_name, config", rows("wrong name", one))
 
     def _fill_config(self, module: types.ModuleType) -> None:
-        mandatory = [(self.config, dict(self.own.options))]
+        mandatory = [(self.config, self.options())]
         for test in vars(module.TestPeftConfig).values():
             replace_rows(test, "config_class, mandatory_kwargs", mandatory, must=False)
         if not self.own.indexes_layers:
@@ -217,7 +218,9 @@ def main(stage: Path, method: str, report: Path) -> int:
     if not (stage / DECODERS[0]).exists():
         write_decoders(stage)
     tested = methods.get(method)
-    plugin = Conformance(method, tested.config, mergeable=tested.mergeable)
+    # A preset is asked what the method whose config it shares is asked.
+    sharing = [each for each in map(methods.get, methods.names()) if each.config is tested.config]
+    plugin = Conformance(tested, min(sharing, key=lambda each: len(each.options)).name)
     files = [str(Path("tests") / f"{name}.py") for name in MODULES]
     arguments = ["-q", "--tb=short", "-o", "addopts=", "-p", "no:cacheprovider", "--rootdir", str(stage)]
     code = pytest.main([*arguments, *files], plugins=[plugin])

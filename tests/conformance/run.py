@@ -158,7 +158,7 @@ def problems_of(outcome: Outcome, listed: set[str] | None) -> list[str]:
 
     Args:
         outcome: the run.
-        listed: the committed ids, or None where none are kept (the control) or they are being written.
+        listed: the committed ids, or None where none are kept: of stock PEFT, and of presets run by name.
     """
     problems = []
     if len(outcome.selected) < LEAST_SELECTED:
@@ -216,12 +216,12 @@ def main(arguments: list[str] | None = None) -> int:
     except ConformanceError as error:
         print(error, file=sys.stderr)
         return 1
-    if options.update and not options.control:
-        write_list(outcomes, installed)
+    if options.update:
+        write_list([each for each in outcomes if each.method in methods_to_test()], installed)
     committed = read_list()
     wrong = False
     for outcome in outcomes:
-        listed = None if options.control else committed.get(outcome.method, set())
+        listed = committed.get(outcome.method, set()) if outcome.method in methods_to_test() else None
         problems = problems_of(outcome, listed)
         wrong = wrong or bool(problems)
         for problem in problems[:MOST_PRINTED]:
