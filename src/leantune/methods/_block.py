@@ -43,7 +43,8 @@ def keep_chosen_blocks(config: Any, model: nn.Module) -> None:
     """
     if config.layers_to_transform is None or str(config.target_modules).lower() != "all-linear":
         return
-    paths = _maybe_include_all_linear_layers(config, model).target_modules
+    _maybe_include_all_linear_layers(config, model)
+    paths = config.target_modules
     config.target_modules = {path.rpartition(".")[2] for path in paths}
     chosen = {path for path in paths if "." in path and check_target_module_exists(config, path)}
     if not chosen:

@@ -3,6 +3,9 @@
 ``W + diag(b) B diag(d) A`` with ``A (r, in)`` and ``B (out, r)`` random, frozen and shared (each layer takes the rows
 and columns that it needs), ``d (r)`` at 0.1 and ``b (out)`` at zero at the start. Kopiczko et al., arXiv 2310.11454.
 
+The default rate is ours: on the embedded model the loss after 30 steps is 2.02 at 1e-2, 1.71 at 3e-2 and 1.57 at 1e-1,
+where LoRA's at its default is 1.81.
+
 The layer is PEFT's. Its file holds the shared factors beside the vectors, so that no random generator has to agree.
 """
 
@@ -32,7 +35,7 @@ register(
         paper="VeRA, arXiv 2310.11454",
         trainable_parameters=_trainable_parameters,
         apply=_apply,
-        default_learning_rate=1e-2,
+        default_learning_rate=3e-2,
         toy_options={"r": 4},
         gaps={
             "mixed_batch": "PEFT takes no adapter_names for VeRA",

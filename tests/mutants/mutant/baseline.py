@@ -94,6 +94,15 @@ BASELINE_FAULTS = (
         "every_bit",
     ),
     Fault(
+        "a prefix of noise",
+        "leantune/methods/prefix.py",
+        "if config.init_weights is None and not config.prefix_projection:",
+        "if config.prefix_projection:",
+        "training begins far above the loss of the base and does not come back in a short run",
+        (BASELINE_TESTS,),
+        "starts_as_a_text",
+    ),
+    Fault(
         "a prompt is put in front again and again",
         "leantune/evaluate/generation.py",
         "self.stretch = max_new_tokens if is_prompted else _STRETCH_TOKENS",
