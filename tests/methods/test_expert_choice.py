@@ -118,28 +118,17 @@ def test_choices_are_the_naive_ranking(family: str, selection: str) -> None:
         model.train()(input_ids=tiny.ids())
 
 
-def test_gradients_of_experts_come_in_groups_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_experts_come_in_groups_too() -> None:
     """One expert's weight at a time, with the same choice, and a share of the budget that is recorded as before."""
     found = []
     for size in (1, 2**30):
-        monkeypatch.setattr("leantune.methods._calibration.GRADIENT_BYTES", size)
         model = wrapped(begun=False, selection="gradient", channels=4, **DOWN_ALONE)
         ratio = model.peft_config["default"].achieved_ratio
-        monkeypatch.setattr(
-            "leantune.methods._initialization.Calibration",
-            lambda *args, size=size, **keywords: _calibration(*args, gradient_bytes=size, **keywords),
-        )
-        told = initialize(model, batches(), loss=loss_of)
+        told = initialize(model, batches(), loss=loss_of, gradient_bytes=size)
         assert told["passes"] == (8 if size == 1 else 1)
         assert model.peft_config["default"].achieved_ratio == ratio == 4 / 16
         found.append({path: layer.slices("default")["down_proj"].index for path, layer in expert_layers(model).items()})
     assert_same_state(found[1], found[0], "channels")
-
-
-def _calibration(*args: Any, **keywords: Any) -> Any:
-    from leantune.methods._calibration import Calibration
-
-    return Calibration(*args, **keywords)
 
 
 def test_a_saved_choice_needs_no_start(tmp_path: Path) -> None:
