@@ -89,7 +89,7 @@ ARMS: dict[str, Arm] = {
     "full": Arm("full", around(1e-4), {}, around(1e-4)),
     "lora-xs": Arm("lora-xs", around(4e-3), {"r": 64, **ALL_LINEAR}),
     "lora-sb": Arm("lora-sb", around(4e-3), {"r": 64, **ALL_LINEAR}),
-    "xgblora": Arm("xgblora", around(4e-3), {"r": 1, "steps_per_round": 10, **ALL_LINEAR}),
+    "xgblora": Arm("xgblora", around(8e-3), {"r": 1, "steps_per_round": 10, **ALL_LINEAR}),
     # LoRA-SB against LoRA-XS at other ranks.
     "lora-xs-r16": Arm("lora-xs", around(8e-3), {"r": 16, **ALL_LINEAR}, seeds=3, benches=("e2e",)),
     "lora-sb-r16": Arm("lora-sb", around(8e-3), {"r": 16, **ALL_LINEAR}, seeds=3, benches=("e2e",)),
@@ -101,7 +101,7 @@ ARMS: dict[str, Arm] = {
         for name, middle, options in (
             ("dora", 2e-3, LORA),
             ("lora-ga", 1e-3, LORA),
-            ("vera", 1e-2, {"r": 256, **ALL_LINEAR}),
+            ("vera", 3e-2, {"r": 256, **ALL_LINEAR}),
             ("spft", 4e-3, {"match_lora_rank": 8, **ALL_LINEAR}),
             ("loreft", 4e-3, {"r": 16}),
             ("series-adapter", 1e-3, {"bottleneck_size": 32}),
