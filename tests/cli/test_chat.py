@@ -253,7 +253,7 @@ def test_a_run_of_another_task_is_refused(trained: Path, pipe: Pipe, monkeypatch
 
     opened = Run.open(trained)
     opened.config.task = "classification"
-    monkeypatch.setattr(Run, "open", lambda folder, **options: opened)
+    monkeypatch.setattr(Run, "open", lambda *_: opened)
     code, _, err = pipe(trained, "hello")
     assert code == 1
     assert "trained for classification" in err
