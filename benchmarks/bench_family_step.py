@@ -7,7 +7,7 @@ is a fresh process on one thread with the trainer that `leantune train` uses; th
 (A B C A B C ...), so that a machine that slows down slows all of them, and every arm sees the same batches.
 
 Columns: CPU seconds of a step (median of the ratios to LoRA round by round), the same in seconds, and peak resident
-bytes above those of the loaded model, whose weights have all been read before.
+bytes above those of the loaded model, whose weights have all been read before (each arm alone, over four steps).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bench_methods import ARMS, BENCHES, E2E, RESULTS, ROWS
 from machine import machine_facts
 
 PEER = "lora"
+MEMORY_STEPS = 4
 
 
 def status_bytes(field: str) -> int:
@@ -100,9 +101,12 @@ def tell(answer: dict[str, Any]) -> None:
 class Remote:
     """An arm in a process of its own."""
 
-    def __init__(self, arm: str, arguments: argparse.Namespace) -> None:
+    def __init__(self, arm: str, arguments: argparse.Namespace, *, frugal: bool = False) -> None:
         self.arm = arm
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if frugal:
+            # Freed blocks go back at once. What glibc keeps otherwise differs by a gigabyte from run to run.
+            environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**20)}
         words = ["--worker", arm, "--rounds", str(arguments.rounds + 1), "--precision", arguments.precision]
         self.process = subprocess.Popen(
             [sys.executable, __file__, *words],
@@ -145,7 +149,7 @@ def measure(names: list[str], arguments: argparse.Namespace) -> list[dict[str, A
             if number:
                 remote.steps.append(answer)
     peer = remotes[PEER].steps
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, remote in remotes.items():
         remote.process.kill()
         seconds = [step["cpu_s"] for step in remote.steps]
@@ -161,12 +165,21 @@ def measure(names: list[str], arguments: argparse.Namespace) -> list[dict[str, A
                 "step_over_lora": statistics.median(ratios),
                 "step_over_lora_min": min(ratios),
                 "step_over_lora_max": max(ratios),
-                "peak_bytes": remote.steps[-1]["peak_bytes"],
-                "peak_over_lora": remote.steps[-1]["peak_bytes"] / peer[-1]["peak_bytes"],
-                "start_bytes": remote.facts["start_bytes"],
             }
         )
     return rows
+
+
+def add_memory(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """Peaks of a few steps, each arm alone, under an allocator that keeps nothing back."""
+    for row in rows:
+        remote = Remote(row["arm"], arguments, frugal=True)
+        row["peak_bytes"] = [remote.step()["peak_bytes"] for _ in range(MEMORY_STEPS)][-1]
+        row["start_bytes"] = remote.facts["start_bytes"]
+        remote.process.kill()
+        print(f"{row['arm']}: {row['peak_bytes'] / 2**20:.0f} MiB", file=sys.stderr, flush=True)
+    for row in rows:
+        row["peak_over_lora"] = row["peak_bytes"] / next(each["peak_bytes"] for each in rows if each["arm"] == PEER)
 
 
 def main() -> None:
@@ -189,6 +202,7 @@ def main() -> None:
     for first in range(0, len(others), size):
         found = measure([PEER, *others[first : first + size]], arguments)
         rows += found if not rows else found[1:]
+    add_memory(rows, arguments)
     state = {
         "machine": machine_facts(threads=1),
         "precision": arguments.precision,
