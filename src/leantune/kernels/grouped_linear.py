@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leantune.kernels.accumulation import add_product
+
 
 @dataclass(frozen=True)
 class RowGroups:
@@ -78,14 +80,6 @@ def _flat(x: Tensor) -> Tensor:
 def _sorted(x: Tensor, order: Tensor | None) -> Tensor:
     """``x (rows, ..., width)`` by group, flattened to ``(n, width)``."""
     return _flat(x if order is None else x.index_select(0, order))
-
-
-def _add_product(flat: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``flat += scale a b`` in place, in one pass where the dtypes agree."""
-    if flat.dtype == a.dtype == b.dtype:
-        flat.addmm_(a, b, alpha=scale)
-    else:
-        flat.add_(a @ b, alpha=scale)
 
 
 def grouped_linear_reference(
@@ -165,7 +159,7 @@ class _GroupedLinear(torch.autograd.Function):
         z = _sorted(F.linear(x.to(shared.dtype), shared).to(factors[0].dtype), groups.order)
         rows = _sorted(y, groups.order)
         for part, factor, scale in zip(groups.segments(_tokens(x)), factors, scaling, strict=True):
-            _add_product(rows[part], z[part], factor.t(), scale)
+            add_product(rows[part], z[part], factor.t(), scale)
         if groups.order is not None:
             y.index_copy_(0, groups.order, rows.view(len(groups.order), *y.shape[1:]))
         ctx.keeps_input = ctx.needs_input_grad[3]
@@ -197,7 +191,7 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = grad_shared = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_y @ weight
-            _add_product(grad_x.view(-1, grad_x.shape[-1]), grad_z, shared, 1.0)
+            add_product(grad_x.view(-1, grad_x.shape[-1]), grad_z, shared)
         if x is not None:
             grad_shared = grad_z.t() @ _flat(x).to(grad_z.dtype)
         return grad_x, None, None, grad_shared, None, None, *grad_factors

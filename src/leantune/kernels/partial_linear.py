@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from leantune.kernels.accumulation import add_product
+
 Axis = Literal["in", "out"]
 Entries = Tensor | slice
 """Chosen entries along an axis: distinct int64 indices ``(s,)``, or one contiguous run."""
@@ -41,14 +43,6 @@ def _add_at(flat: Tensor, entries: Entries, share: Tensor) -> None:
         flat[:, entries].add_(share)
     else:
         flat.index_add_(1, entries, share.to(flat.dtype))
-
-
-def _add_product(flat: Tensor, a: Tensor, b: Tensor) -> None:
-    """``flat += a b`` in place, in one pass where the dtypes agree."""
-    if flat.dtype == a.dtype:
-        flat.addmm_(a, b)
-    else:
-        flat.add_(a @ b)
 
 
 def partial_linear_reference(
@@ -99,7 +93,7 @@ class _PartialLinear(torch.autograd.Function):
             # Only these s columns of the activation stay alive.
             kept = pick(x, index)
             kept = kept.view(-1, kept.shape[-1])
-            _add_product(rows, kept.to(delta.dtype), delta.t())
+            add_product(rows, kept.to(delta.dtype), delta.t())
         else:
             kept = x
             share = x.reshape(-1, x.shape[-1]).to(delta.dtype) @ delta.t()
@@ -126,7 +120,7 @@ class _PartialLinear(torch.autograd.Function):
             if ctx.axis == "in":
                 _add_at(flat, index, seen @ delta)
             else:
-                _add_product(flat, seen, delta)
+                add_product(flat, seen, delta)
         if ctx.needs_input_grad[3]:
             grad_delta = seen.t() @ kept.reshape(-1, kept.shape[-1]).to(delta.dtype)
         return grad_x, None, None, grad_delta, None, None

@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from leantune.core.errors import ConfigError, LeantuneError, MethodError, describe, did_you_mean, raise_all
+from leantune.core.errors import ConfigError, MethodError, describe, did_you_mean, raise_all
 from leantune.train.option import method_options, user_options
 from leantune.train.regime import contradictions
-from leantune.train.task_config import TaskConfig, first_file, named_tasks, task_problems, with_task, without_first_file
+from leantune.train.task_config import (
+    TaskConfig,
+    column_roles,
+    first_file,
+    named_tasks,
+    task_problems,
+    with_task,
+    without_first_file,
+)
 
 if TYPE_CHECKING:
     from leantune.methods import Method
@@ -165,18 +173,7 @@ class RunConfig(BaseModel):
         is_list = isinstance(value, (list, tuple))
         return [name for name in value if str(name) not in _NOTHING] if is_list else value if value else []
 
-    @field_validator("columns", mode="before")
-    @classmethod
-    def _roles(cls, value: Any) -> Any:
-        """``prompt=question,completion=answer`` as a mapping."""
-        if not isinstance(value, str):
-            return value
-        from leantune.data.column import parse_columns
-
-        try:
-            return parse_columns(value) or None
-        except LeantuneError as error:
-            raise ValueError(str(error)) from error
+    _roles = field_validator("columns", mode="before")(column_roles)
 
     def __init__(self, **values: Any) -> None:
         values = {_SYNONYMS.get(name, name): value for name, value in first_file(values).items()}

@@ -22,6 +22,22 @@ _LONGEST_NAME = 64
 _TAKEN = {"default", "adapter", "tasks"}
 
 
+def column_roles(value: Any) -> Any:
+    """Columns as YAML or a flag gives them: ``prompt=question,completion=answer`` as a mapping.
+
+    Raises:
+        ValueError: the text is no such list.
+    """
+    if not isinstance(value, str):
+        return value
+    from leantune.data.column import parse_columns
+
+    try:
+        return parse_columns(value) or None
+    except LeantuneError as error:
+        raise ValueError(str(error)) from error
+
+
 class TaskConfig(BaseModel):
     """One task of a run with several. Settings left out are the run's.
 
@@ -54,18 +70,7 @@ class TaskConfig(BaseModel):
         """A file alone is a task."""
         return {"data": value} if isinstance(value, (str, Path)) else value
 
-    @field_validator("columns", mode="before")
-    @classmethod
-    def _roles(cls, value: Any) -> Any:
-        """``prompt=question,completion=answer`` as a mapping."""
-        if not isinstance(value, str):
-            return value
-        from leantune.data.column import parse_columns
-
-        try:
-            return parse_columns(value) or None
-        except LeantuneError as error:
-            raise ValueError(str(error)) from error
+    _roles = field_validator("columns", mode="before")(column_roles)
 
 
 def view(config: RunConfig, name: str) -> RunConfig:

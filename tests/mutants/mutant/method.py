@@ -37,7 +37,7 @@ KERNEL_FAULTS = (
     Fault(
         "the input gradient leaves the slice out",
         KERNEL,
-        "                _add_product(flat, seen, delta)\n",
+        "                add_product(flat, seen, delta)\n",
         "                pass\n",
         "row slices (q, k, v, up, gate) pass on the gradient of the base alone",
         (f"{KERNEL_TESTS}::test_gradcheck",),
@@ -53,8 +53,8 @@ KERNEL_FAULTS = (
     Fault(
         "the slice's product in 16 bits",
         KERNEL,
-        "_add_product(rows, kept.to(delta.dtype), delta.t())",
-        "_add_product(rows, kept, delta.t().to(kept.dtype))",
+        "add_product(rows, kept.to(delta.dtype), delta.t())",
+        "add_product(rows, kept, delta.t().to(kept.dtype))",
         "over a bfloat16 base small updates of the slice are rounded away in the forward",
         (f"{KERNEL_TESTS}::test_a_slice_finer_than_16_bits_is_seen_in_the_output",),
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from harness import Fault
 
 KERNEL = "leantune/kernels/grouped_linear.py"
+ACCUMULATION = "leantune/kernels/accumulation.py"
 METHOD = "leantune/methods/multi_lora.py"
 ADAPTER = "leantune/methods/_shared_adapter.py"
 PROJECTION = "leantune/methods/_shared_projection.py"
@@ -66,7 +67,7 @@ SHARED_FACTOR_FAULTS = (
     ),
     Fault(
         "the share is rounded before it is added",
-        KERNEL,
+        ACCUMULATION,
         "        flat.add_(a @ b, alpha=scale)",
         "        flat.add_((a @ b).to(flat.dtype), alpha=scale)",
         "over a 16-bit base small updates are lost in the forward",
