@@ -24,18 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from bench_methods import ARMS, BENCHES, E2E, RESULTS, ROWS
-from machine import machine_facts
+from machine import machine_facts, status_bytes
 
 PEER = "lora"
 MEMORY_STEPS = 4
-
-
-def status_bytes(field: str) -> int:
-    """A size that Linux knows of this process."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: this benchmark reads memory on Linux only")
 
 
 def work(arm_name: str, rounds: int, precision: str) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cell import Cells
-from machine import machine_facts
+from machine import machine_facts, status_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPTHS = (4, 8, 16, 32)
@@ -35,13 +35,6 @@ RANK = 32
 WIDTHS = (64, 128, 256)
 ROWS = (800, 50_000)
 BATCH, LENGTH = 8, 128
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: this benchmark reads memory on Linux only")
 
 
 def _llama(layers: int, width: int) -> Any:
@@ -92,7 +85,7 @@ def memory_cell(kind: str, layers: int, width: int) -> dict[str, Any]:
         if tensor.is_floating_point():
             tensor.data.mul_(1)
     gc.collect()
-    base_bytes = _status_bytes("VmRSS")
+    base_bytes = status_bytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     told: dict[str, Any] = {}
     if kind == "start":
@@ -105,7 +98,7 @@ def memory_cell(kind: str, layers: int, width: int) -> dict[str, Any]:
                 inputs = embed(batch["input_ids"]).detach().requires_grad_()
                 loss = model(inputs_embeds=inputs, labels=batch["labels"]).loss
                 torch.autograd.grad(loss, inputs)
-    return {"peak_bytes": _status_bytes("VmHWM") - base_bytes, "all_gradients_bytes": 4 * weights, **told}
+    return {"peak_bytes": status_bytes("VmHWM") - base_bytes, "all_gradients_bytes": 4 * weights, **told}
 
 
 def _base(quick: bool) -> tuple[Any, int]:

@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine_facts
+from machine import machine_facts, status_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 # Equal trained parameters: 2,436,480 (S2FT) against 2,442,240 (LoRA).
@@ -33,13 +33,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "full": {},
 }
 PEER = "lora"
-
-
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise SystemExit(f"/proc/self/status has no {field}: this benchmark reads memory on Linux only")
 
 
 class Worker:
@@ -68,7 +61,7 @@ class Worker:
         # Weights are mapped lazily from the file: read them all before the model's own memory is measured.
         for parameter in model.parameters():
             parameter.detach().sum()
-        self.base_bytes = _status_bytes("VmRSS")
+        self.base_bytes = status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -93,7 +86,7 @@ class Worker:
         """Peak bytes above the loaded model so far, and what autograd keeps in one forward."""
         import torch
 
-        peak = _status_bytes("VmHWM") - self.base_bytes
+        peak = status_bytes("VmHWM") - self.base_bytes
         parameters = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         kept: dict[int, int] = {}
 

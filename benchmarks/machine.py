@@ -28,3 +28,16 @@ def machine_facts(threads: int) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
+
+
+def status_bytes(field: str) -> int:
+    """A size that Linux knows of this process: ``VmRSS`` (resident now), ``VmHWM`` (the most so far).
+
+    Raises:
+        SystemExit: there is no such field, or no Linux.
+    """
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"{status} has no {field}: this benchmark reads memory on Linux only")
